@@ -1,0 +1,54 @@
+# `make test` and `make test-full` work on a fresh machine: they make .venv, install, and run.
+# Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS.
+
+PYTHON ?= python3
+# PyPI's torch for Linux brings 3 GB of CUDA; https://download.pytorch.org/whl/cpu does not.
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-full lint format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: .venv/test.stamp  ## make .venv with everything `make test` needs
+
+test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: .venv/test.stamp  ## check style: ruff's rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test.stamp  ## rewrite the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and build outputs
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first, so that nothing installed later chooses another build of it; torchvision without
+# its dependencies for the same reason.
+.venv/test.stamp: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv (a few minutes; again only when pyproject.toml changes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) torchvision==0.28.0 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) --editable '.[convert,test]'
+	@touch $@
+
+# libtpu compiles for TPUs ahead of time on any machine.
+.venv/test-full.stamp: .venv/test.stamp
+	@echo "Installing libtpu into .venv ..."
+	@$(PIP) --editable '.[convert,test,tpu]'
+	@touch $@

@@ -1,0 +1,142 @@
+"""From the model's raw outputs to instances in pixels of the original image.
+
+Pure functions over numpy arrays. Thresholds and resizing follow ``sam3/model/
+sam3_image_processor.py`` upstream; the filling of holes in clicked masks follows
+``sam3/model/utils/sam1_utils.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Bool, Float, Int
+
+MAX_HOLE_AREA = 256  # low-resolution pixels; upstream's default for the released 288 x 288 masks
+HOLE_FILL_LOGIT = 10.0
+ROWS_AT_A_TIME = 64  # of an upscaled mask: one block of a 4K picture stays in a CPU's cache
+
+
+class Detections(NamedTuple):
+    """Instances of one prompt on one image, best score first; ``len(scores)`` of them."""
+
+    masks: Bool[np.ndarray, "n h w"]  # at the size of the original image
+    boxes: Float[np.ndarray, "n 4"]  # (x0, y0, x1, y1), pixels of the original image, not clipped
+    scores: Float[np.ndarray, " n"]  # probability of the instance times that of the concept
+
+
+def concatenate(parts: Sequence[Detections]) -> Detections:
+    """The instances of several prompts on one image as one; keeps the order of ``parts``.
+
+    Raises:
+      ValueError: on no parts, because the size of the image is then unknown.
+    """
+    if not parts:
+        raise ValueError("concatenate needs the detections of at least one prompt")
+    return Detections(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Logistic function in float32, without overflow for large negative logits."""
+    return (0.5 * (1.0 + np.tanh(0.5 * np.asarray(x, np.float64)))).astype(np.float32)
+
+
+def instance_scores(
+    pred_logits: Float[np.ndarray, "*p q"], presence_logits: Float[np.ndarray, "*p"]
+) -> Float[np.ndarray, "*p q"]:
+    """Probability of every query: its own times the concept's probability to be in the image."""
+    return sigmoid(pred_logits) * sigmoid(presence_logits)[..., None]
+
+
+def select(scores: Float[np.ndarray, " q"], threshold: float) -> Int[np.ndarray, " n"]:
+    """Queries scored strictly above ``threshold``, best first; ties keep the order of queries."""
+    order = np.argsort(-scores, kind="stable")
+    return order[scores[order] > threshold]
+
+
+def boxes_to_pixels(
+    boxes: Float[np.ndarray, "n 4"], size: tuple[int, int]
+) -> Float[np.ndarray, "n 4"]:
+    """(cx, cy, w, h) fractions -> (x0, y0, x1, y1) pixels of an image of ``size`` (height, width)."""
+    boxes = np.asarray(boxes, np.float32)
+    height, width = size
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    corners = np.concatenate([center - half, center + half], axis=-1)
+    return corners * np.asarray([width, height, width, height], np.float32)
+
+
+def _taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bilinear taps of one axis: lower index, upper index, weight of the upper one.
+
+    Half-pixel centres, edges repeated, no antialiasing: torch's ``interpolate(mode="bilinear",
+    align_corners=False)``.
+    """
+    source = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    source = np.clip(source, 0, n_in - 1)
+    low = np.floor(source).astype(np.intp)
+    return low, np.minimum(low + 1, n_in - 1), (source - low).astype(np.float32)
+
+
+def _touched(low: np.ndarray, high: np.ndarray, positive: np.ndarray) -> slice:
+    """Outputs of one axis that read any input between the first and last positive one."""
+    first, last = np.flatnonzero(positive)[[0, -1]]
+    hit = np.flatnonzero((high >= first) & (low <= last))
+    return slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 0)
+
+
+def upscale_masks(
+    logits: Float[np.ndarray, "n h w"], size: tuple[int, int]
+) -> Bool[np.ndarray, "n height width"]:
+    """Resizes mask logits bilinearly to ``size`` (height, width) and thresholds them at 0.
+
+    Works on one mask and a few rows at a time, so beside the result (a byte a pixel) it needs only
+    some MB, however large the image. An interpolated logit can be positive only where one of its
+    inputs is; everything outside the rectangle of positive inputs is left out.
+    """
+    logits = np.asarray(logits, np.float32)
+    n, h, w = logits.shape
+    masks = np.zeros((n, *size), bool)
+    y0, y1, wy = _taps(h, size[0])
+    x0, x1, wx = _taps(w, size[1])
+    for mask, low_res in zip(masks, logits, strict=True):
+        positive = low_res > 0
+        if not positive.any():
+            continue
+        rows = _touched(y0, y1, positive.any(1))
+        cols = _touched(x0, x1, positive.any(0))
+        left, right = low_res[:, x0[cols]], low_res[:, x1[cols]]
+        wide = left + wx[cols] * (right - left)
+        for start in range(rows.start, rows.stop, ROWS_AT_A_TIME):
+            block = slice(start, min(start + ROWS_AT_A_TIME, rows.stop))
+            top, bottom = wide[y0[block]], wide[y1[block]]
+            mask[block, cols] = top + wy[block, None] * (bottom - top) > 0
+    return masks
+
+
+def fill_holes(
+    logits: Float[np.ndarray, "n h w"], max_area: int = MAX_HOLE_AREA
+) -> Float[np.ndarray, "n h w"]:
+    """Sets background components (logit <= 0, 8-connected) of at most ``max_area`` pixels to +10."""
+    filled = np.array(logits, np.float32)
+    for mask in filled:
+        labels, _ = scipy.ndimage.label(mask <= 0, structure=np.ones((3, 3), bool))
+        small = np.bincount(labels.ravel()) <= max_area
+        small[0] = False  # label 0 is the foreground
+        mask[small[labels]] = HOLE_FILL_LOGIT
+    return filled
+
+
+def detections(
+    scores: Float[np.ndarray, " n"],
+    boxes: Float[np.ndarray, "n 4"],
+    mask_logits: Float[np.ndarray, "n h w"],
+    size: tuple[int, int],
+) -> Detections:
+    """Kept queries (as ordered by :func:`select`) -> instances on an image of ``size``."""
+    return Detections(
+        masks=upscale_masks(mask_logits, size),
+        boxes=boxes_to_pixels(boxes, size),
+        scores=np.asarray(scores, np.float32),
+    )

@@ -1,0 +1,208 @@
+"""Prompts in pixels of the original image -> padded arrays for the model.
+
+Sizes are padded to a few buckets, so that nothing is recompiled while prompts stay within one.
+All of this is numpy on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+from sam3_jax.types import ClickPrompt, Geometry, TextFeatures
+
+VISUAL = "visual"  # the phrase that stands for "no text"
+BOX_BUCKETS = (0, 1, 4, 16, 64)
+POINT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BOX_CORNERS = (2, 3)  # labels of a box's corners among points
+PADDING = -2  # label of a point that is not there
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used; the message says what is wrong and what to do."""
+
+
+class Prompt(NamedTuple):
+    """A concept to find in an image: a phrase, exemplar boxes, or both.
+
+    ``text`` may also be the features of one phrase, as ``ImagePredictor.encode_text`` gives them.
+    ``boxes`` are (x0, y0, x1, y1) in pixels of the original image, ``box_labels`` 1 for "like
+    this" (the default for all) and 0 for "not like this".
+    """
+
+    text: str | TextFeatures | None = None
+    boxes: ArrayLike = ()
+    box_labels: ArrayLike | None = None
+
+
+def bucket(n: int, sizes: Sequence[int]) -> int:
+    """The smallest of ``sizes`` that holds ``n``; beyond them the next power of two."""
+    return next((s for s in sizes if s >= n), 1 << max(n - 1, 0).bit_length())
+
+
+def phrase_of(prompt: Prompt) -> str | TextFeatures:
+    """The text of a prompt, "visual" when it has boxes only.
+
+    Raises:
+      PromptError: when there is neither text nor box.
+    """
+    if isinstance(prompt.text, TextFeatures):
+        return prompt.text
+    if prompt.text is None:
+        if np.size(prompt.boxes) == 0:
+            raise PromptError("the prompt is empty: give text, boxes, or both")
+        return VISUAL
+    if not isinstance(prompt.text, str) or not prompt.text.strip():
+        raise PromptError(f"text must be a phrase such as 'red car', got {prompt.text!r}")
+    return prompt.text
+
+
+def _array(values: ArrayLike, width: int, name: str) -> Float[np.ndarray, "n w"]:
+    """``values`` as n rows of ``width`` finite numbers."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise PromptError(f"{name} must be numbers, got {values!r}") from error
+    if array.size == 0:
+        return np.zeros((0, width), np.float32)
+    if array.ndim != 2 or array.shape[1] != width:
+        raise PromptError(f"{name} must have shape (n, {width}), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise PromptError(f"{name} must be finite, got {array.tolist()}")
+    return array
+
+
+def _labels(values: ArrayLike | None, n: int, name: str) -> Int[np.ndarray, " n"]:
+    """``n`` labels of 0 or 1; None means all 1."""
+    if values is None:
+        return np.ones(n, np.int32)
+    array = np.asarray(values)
+    if array.shape != (n,):
+        raise PromptError(f"{name} must be {n} values, one for each, got shape {array.shape}")
+    if not np.isin(array, (0, 1)).all():
+        raise PromptError(f"{name} must be 1 (positive) or 0 (negative), got {array.tolist()}")
+    return array.astype(np.int32)
+
+
+def _boxes(values: ArrayLike, size: tuple[int, int], name: str) -> Float[np.ndarray, "n 4"]:
+    """Boxes in pixels, checked against the image's (height, width)."""
+    boxes = _array(values, 4, name)
+    height, width = size
+    for box in boxes:
+        x0, y0, x1, y1 = box.tolist()
+        if x1 <= x0 or y1 <= y0:
+            raise PromptError(f"{name} must be (x0, y0, x1, y1) with x0 < x1 and y0 < y1: {box}")
+        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+            raise PromptError(f"{name}: {box} lies outside the image of {width} x {height} pixels")
+    return boxes
+
+
+def geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) -> Geometry:
+    """Boxes of several prompts on images of ``size`` (height, width), padded together.
+
+    Args:
+      prompts: at most ``length``.
+      size: of the original image, in pixels.
+      length: of the prompt axis; rows beyond the prompts have no boxes.
+
+    Raises:
+      PromptError: on boxes or labels that cannot be used.
+    """
+    height, width = size
+    boxes = [_boxes(p.boxes, size, "boxes") for p in prompts]
+    n = bucket(max(map(len, boxes)), BOX_BUCKETS)
+    padded = Geometry(
+        points=np.zeros((length, 0, 2), np.float32),
+        point_labels=np.zeros((length, 0), np.int32),
+        point_mask=np.zeros((length, 0), bool),
+        boxes=np.zeros((length, n, 4), np.float32),
+        box_labels=np.zeros((length, n), np.int32),
+        box_mask=np.zeros((length, n), bool),
+        masks=np.zeros((length, 0, 1, 1), np.float32),
+        mask_labels=np.zeros((length, 0), np.int32),
+        mask_mask=np.zeros((length, 0), bool),
+    )
+    scale = np.asarray([width, height], np.float32)
+    for i, (prompt, pixels) in enumerate(zip(prompts, boxes, strict=True)):
+        low, high = pixels[:, :2] / scale, pixels[:, 2:] / scale
+        padded.boxes[i, : len(pixels)] = np.concatenate([(low + high) / 2, high - low], axis=1)
+        padded.box_labels[i, : len(pixels)] = _labels(prompt.box_labels, len(pixels), "box_labels")
+        padded.box_mask[i, : len(pixels)] = True
+    return padded
+
+
+def click(
+    points: ArrayLike | None,
+    labels: ArrayLike | None,
+    box: ArrayLike | None,
+    mask_input: ArrayLike | None,
+    *,
+    size: tuple[int, int],
+    frame: int,
+    mask_side: int,
+) -> ClickPrompt:
+    """Points, box and mask of one object -> a padded prompt of batch size 1.
+
+    A box becomes two points, its corners, placed before the others.
+
+    Args:
+      points: (n, 2) pixels (x, y) of the original image.
+      labels: 1 positive, 0 negative; None means all positive.
+      box: (x0, y0, x1, y1) in the same pixels.
+      mask_input: low-resolution logits of one mask, (side, side) or (1, side, side).
+      size: (height, width) of the original image.
+      frame: side of the model's input frame.
+      mask_side: side of the low-resolution masks.
+
+    Raises:
+      PromptError: on a prompt without content or with unusable values.
+    """
+    if points is None and labels is not None:
+        raise PromptError("labels were given without points")
+    coordinates = _array([] if points is None else points, 2, "points")
+    kinds = _labels(labels, len(coordinates), "labels")
+    height, width = size
+    if ((coordinates < 0) | (coordinates > (width, height))).any():
+        raise PromptError(
+            f"points must lie on the image of {width} x {height} pixels, as (x, y): "
+            f"{coordinates.tolist()}"
+        )
+    if box is not None:
+        corners = _boxes(np.reshape(np.asarray(box, np.float32), (-1, 4)), size, "box")
+        if len(corners) != 1:
+            raise PromptError(f"one box at a time, got {len(corners)}")
+        coordinates = np.concatenate([corners.reshape(2, 2), coordinates])
+        kinds = np.concatenate([np.asarray(BOX_CORNERS, np.int32), kinds])
+    if not len(coordinates) and mask_input is None:
+        raise PromptError("the prompt is empty: give points, a box, or mask_input")
+
+    n = bucket(len(coordinates), POINT_BUCKETS)
+    padded = np.zeros((1, n, 2), np.float32)
+    padded[0, : len(coordinates)] = coordinates / (width, height) * frame
+    padded_kinds = np.full((1, n), PADDING, np.int32)
+    padded_kinds[0, : len(kinds)] = kinds
+    return ClickPrompt(
+        points=padded,
+        labels=padded_kinds,
+        mask_input=_mask_logits(mask_input, mask_side),
+        has_mask=np.asarray([mask_input is not None]),
+    )
+
+
+def _mask_logits(mask_input: ArrayLike | None, side: int) -> Float[np.ndarray, "1 s s"]:
+    """One mask's logits with a batch axis, zeros without one."""
+    if mask_input is None:
+        return np.zeros((1, side, side), np.float32)
+    logits = np.asarray(mask_input, np.float32)
+    if logits.shape not in ((side, side), (1, side, side)):
+        raise PromptError(
+            f"mask_input must be the low_res_logits of one mask, ({side}, {side}), got "
+            f"{logits.shape}; choose one, for example low_res_logits[iou.argmax()]"
+        )
+    if not np.isfinite(logits).all():
+        raise PromptError("mask_input must be finite")
+    return logits.reshape(1, side, side)

@@ -1,0 +1,224 @@
+"""Pictures of instances: tinted masks, smooth outlines, tags with label and score.
+
+Everything scales with the picture, so a thumbnail and a 6000 px photograph look alike.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from sam3_jax.inference.postprocess import Detections
+
+FILL = 0.42  # opacity of a mask's tint
+TAG_FILL = 0.88
+TAG_SHARE = 0.25  # of the picture may be covered by tags; worse instances then go without
+ROWS_AT_A_TIME = 128  # in float: a large picture would need GB
+Color = tuple[int, int, int]
+CHOSEN: tuple[Color, ...] = (
+    (38, 139, 255),  # blue
+    (255, 106, 19),  # orange
+    (54, 196, 62),  # green
+    (240, 60, 190),  # magenta
+    (0, 200, 200),  # turquoise
+    (255, 200, 10),  # yellow
+    (140, 82, 255),  # violet
+    (240, 50, 60),  # red
+    (160, 214, 30),  # lime
+    (255, 140, 165),  # pink
+)
+
+
+class _Rect(NamedTuple):
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+def palette(n: int) -> list[Color]:
+    """``n`` distinct vivid colours; the i-th does not depend on ``n``.
+
+    A few chosen ones, then hues that step by the golden ratio, so that neighbours in the list stay
+    far apart; greens and yellows are darkened a little, because they look brighter than the rest.
+    """
+    colors = list(CHOSEN[:n])
+    for i in range(n - len(colors)):
+        hue = (0.05 + i * 0.618034) % 1.0
+        value = 0.85 if 0.1 < hue < 0.5 else 1.0
+        rgb = colorsys.hsv_to_rgb(hue, (0.9, 0.65)[i % 2], value)
+        colors.append(tuple(round(255 * c) for c in rgb))
+    return colors
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    detections: Detections,
+    labels: str | Sequence[str] | None = None,
+    *,
+    show_scores: bool = True,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draws instances over a picture and returns a new one.
+
+    Args:
+      image: RGB.
+      detections: instances whose masks have the size of ``image``.
+      labels: one text for all instances or one for each; None shows scores only.
+      show_scores: append the score to every tag; without labels too, there are no tags.
+
+    Raises:
+      ValueError: when the masks do not fit the image or the labels the number of instances.
+    """
+    height, width = image.shape[:2]
+    n = len(detections.scores)
+    if detections.masks.shape != (n, height, width):
+        raise ValueError(
+            f"masks of shape {detections.masks.shape} do not fit {n} scores on an image of "
+            f"{height} x {width} pixels; use the detections of this image"
+        )
+    texts = [labels or ""] * n if labels is None or isinstance(labels, str) else list(labels)
+    if len(texts) != n:
+        raise ValueError(f"{len(texts)} labels for {n} instances; give one text or one for each")
+    if show_scores:
+        scores = detections.scores
+        texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores, strict=True)]
+
+    colors = palette(n)
+    line = max(1.4, 0.0028 * (height * width) ** 0.5)
+    canvas = np.array(image)
+    # Small instances last: they stay visible in front of large ones.
+    for i in np.argsort(-detections.masks.sum((1, 2)), kind="stable"):
+        _draw_mask(canvas, detections.masks[i], colors[i], line)
+    return _draw_tags(canvas, detections, texts, colors)
+
+
+def _extent(mask: Bool[np.ndarray, "h w"]) -> _Rect | None:
+    """Smallest rectangle around the True pixels, None without any."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return _Rect(int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
+
+
+def _draw_mask(
+    canvas: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], color: Color, line: float
+) -> None:
+    """Tints one mask in place and draws its outline, ``line`` pixels wide, with a dark rim."""
+    extent = _extent(mask)
+    if extent is None:
+        return
+    pad = int(np.ceil(3 * line)) + 1
+    crop = np.s_[
+        max(extent.y0 - pad, 0) : extent.y1 + pad, max(extent.x0 - pad, 0) : extent.x1 + pad
+    ]
+    inside, region = mask[crop], canvas[crop]
+    # Blurred, an edge becomes a ramp: bands of it are outlines of even width in all directions.
+    blurred = Image.fromarray(inside.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(line))
+    ramps = np.asarray(blurred)
+    paint = np.asarray(color, np.float32)
+    for start in range(0, len(region), ROWS_AT_A_TIME):
+        rows = np.s_[start : start + ROWS_AT_A_TIME]
+        ramp = ramps[rows].astype(np.float32) / 255
+        pixels = region[rows].astype(np.float32)
+        fill = inside[rows] * np.float32(FILL)
+        rim, outline = 0.45 * _band(ramp, 0.12, 0.40), _band(ramp, 0.35, 0.75)
+        for alpha, ink in ((fill, paint), (rim, 0 * paint), (outline, paint)):
+            pixels += alpha[..., None] * (ink - pixels)
+        region[rows] = np.rint(pixels)
+
+
+def _band(ramp: np.ndarray, low: float, high: float) -> np.ndarray:
+    """1 where ``ramp`` lies between two values, falling to 0 softly on either side."""
+    soft = 0.12
+    return np.clip(np.minimum(ramp - low, high - ramp) / soft + 0.5, 0, 1)
+
+
+def _draw_tags(
+    canvas: UInt8[np.ndarray, "h w 3"],
+    detections: Detections,
+    texts: Sequence[str],
+    colors: Sequence[Color],
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Writes the texts next to their instances, best score first at the best places."""
+    height, width = canvas.shape[:2]
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    size = max(11.0, 0.02 * (height * width) ** 0.5)
+    font = ImageFont.load_default(size)
+    pad = max(2, round(0.28 * size))
+    ascent, descent = font.getmetrics()
+    tag_height = ascent + descent + pad
+    taken: list[_Rect] = []
+    room = TAG_SHARE * height * width
+    for i in np.argsort(-detections.scores, kind="stable"):
+        extent = _extent(detections.masks[i])
+        text = _shorten(texts[i], font, width - 2 * pad)
+        tag_width = round(font.getlength(text)) + 2 * pad
+        room -= tag_width * tag_height
+        if extent is None or not text or (taken and room < 0):
+            continue
+        rect = _place((tag_width, tag_height), extent, (width, height), taken)
+        taken.append(rect)
+        draw.rounded_rectangle(rect, radius=pad, fill=(*colors[i], round(255 * TAG_FILL)))
+        middle = (rect.y0 + rect.y1) / 2
+        draw.text((rect.x0 + pad, middle), text, _ink(colors[i]), font, anchor="lm")
+    return np.asarray(picture)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """Cuts the end of a text that is wider than ``room`` pixels."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "...") > room:
+        text = text[:-1]
+    return text + "..." if text else ""
+
+
+def _ink(color: Color) -> Color:
+    """Black or white, whichever reads better on ``color`` (relative luminance of WCAG)."""
+    linear = [(c / 255) ** 2.2 for c in color]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+
+
+def _place(
+    tag: tuple[int, int], extent: _Rect, size: tuple[int, int], taken: Sequence[_Rect]
+) -> _Rect:
+    """Where a tag of (width, height) goes: the first free place, else the least covered one."""
+    best, least = None, None
+    for x, y in _places(tag, extent):
+        x = min(max(x, 0), max(size[0] - 1 - tag[0], 0))
+        y = min(max(y, 0), max(size[1] - 1 - tag[1], 0))
+        rect = _Rect(x, y, x + tag[0], y + tag[1])
+        covered = sum(_overlap(rect, other) for other in taken)
+        if covered == 0:
+            return rect
+        if least is None or covered < least:
+            best, least = rect, covered
+    return best
+
+
+def _places(tag: tuple[int, int], extent: _Rect) -> Iterator[tuple[int, int]]:
+    """Top left corners to try: over the instance, under it, in it, beside it, then further away."""
+    width, height = tag
+    x0, y0, x1, y1 = extent
+    middle = (x0 + x1 - width) // 2
+    for step in range(4):
+        above, below = y0 - height * (step + 1), y1 + height * step
+        for y in (above, below, y0 + height * step, y1 - height * (step + 1)):
+            for x in (middle, x0, x1 - width):
+                yield x, y
+        yield x1 + width * step, (y0 + y1 - height) // 2
+        yield x0 - width * (step + 1), (y0 + y1 - height) // 2
+
+
+def _overlap(a: _Rect, b: _Rect) -> int:
+    """Common area of two rectangles in pixels."""
+    across = min(a.x1, b.x1) - max(a.x0, b.x0)
+    down = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(across, 0) * max(down, 0)

@@ -1,0 +1,65 @@
+"""Fusion encoder: image tokens read the prompt (paper section 3; upstream ``sam3/model/encoder.py``)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from sam3_jax.config import FusionConfig
+from sam3_jax.models.layers import CrossAttentionLayer
+from sam3_jax.ops.position import sine_grid
+from sam3_jax.types import Levels
+
+
+class FusionEncoder(nn.Module):
+    """Six pre-norm layers over the flattened levels, without a final norm."""
+
+    config: FusionConfig
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        levels: Levels,
+        prompt: Float[Array, "p m d"],
+        prompt_mask: Bool[Array, "p m"],
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "p n d"], Float[Array, "#p n d"]]:
+        """Args: ``levels`` to fuse, one map a prompt. Returns the memory and its positions.
+
+        Levels are flattened in the order given. Released: the stride-14 level alone; more of them
+        get a learned embedding each, added to the position.
+        """
+        cfg = self.config
+        x = jnp.concatenate([rearrange(v, "p h w d -> p (h w) d") for v in levels], axis=1)
+        positions = [sine_grid(*v.shape[1:3], self.dim).reshape(-1, self.dim) for v in levels]
+        pos = jnp.asarray(np.concatenate(positions))
+        if cfg.num_levels > 1:
+            embed = self.param(
+                "level_embed", nn.initializers.xavier_uniform(), (cfg.num_levels, self.dim)
+            )
+            pos = pos + jnp.repeat(
+                embed,
+                np.array([len(p) for p in positions]),
+                axis=0,
+                total_repeat_length=pos.shape[0],
+            )
+        pos = pos[None]
+        layer = nn.remat(CrossAttentionLayer) if cfg.remat else CrossAttentionLayer
+        x = x.astype(jnp.float32)
+        for i in range(cfg.depth):
+            x = layer(
+                self.dim,
+                cfg.num_heads,
+                cfg.mlp_dim,
+                cfg.dropout,
+                xavier=True,
+                dtype=self.dtype,
+                name=f"layer_{i}",
+            )(x, prompt, pos=pos, memory_mask=prompt_mask, deterministic=deterministic)
+        return x, pos

@@ -1,0 +1,412 @@
+"""Layers that every stage shares: one ``Linear``, one ``Attention``, norms, convolutions, MLPs.
+
+Parameters are float32 and named ``kernel``/``bias``/``scale``. ``dtype`` is the compute dtype:
+matrix products take inputs of that dtype and accumulate in float32; norms and softmax compute in
+float32. Float32 means float32 on every platform (``Precision.HIGHEST``), never TF32 or bf16 passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from sam3_jax.ops.attention import attention
+from sam3_jax.ops.rope import Rope, apply_rope
+
+Init = str  # a key of KERNEL_BOUND, "normal" is not among them: embeddings use nn.initializers
+
+KERNEL_BOUND: dict[Init, Callable[[int, int], float]] = {
+    # PyTorch's default of nn.Linear and nn.Conv2d, for kernel and bias
+    "torch": lambda fan_in, fan_out: 1.0 / math.sqrt(fan_in),
+    # nn.MultiheadAttention's output projection: default kernel, zero bias
+    "torch_zero_bias": lambda fan_in, fan_out: 1.0 / math.sqrt(fan_in),
+    # TransformerWrapper._reset_parameters: kernels only, biases keep their default
+    "xavier": lambda fan_in, fan_out: math.sqrt(6.0 / (fan_in + fan_out)),
+    "xavier_zero_bias": lambda fan_in, fan_out: math.sqrt(6.0 / (fan_in + fan_out)),
+    # nn.MultiheadAttention draws q, k and v as one (3 * dim, dim) matrix
+    "xavier_qkv": lambda fan_in, fan_out: math.sqrt(6.0 / (fan_in + 3 * fan_out)),
+}
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Full float32 products where float32 was asked for, the platform's own otherwise."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Pins the leading axis to the batch axes of the mesh in use (``jax.set_mesh``), if any.
+
+    Keeps XLA from resharding where windows are cut out of maps and put back.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def _init_kernel(init: Init, key: Array, fan_in: int, fan_out: int, shape: tuple[int, ...]):
+    if init == "trunc_normal":
+        return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape)
+    if init == "zeros":
+        return jnp.zeros(shape)
+    bound = KERNEL_BOUND[init](fan_in, fan_out)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _init_bias(init: Init, key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
+    if init in ("torch", "xavier"):
+        bound = 1.0 / math.sqrt(fan_in)
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return jnp.zeros(shape)
+
+
+class Linear(nn.Module):
+    """Affine map of the last ``in_axes`` axes to ``features`` (one size, or several)."""
+
+    features: int | tuple[int, ...]
+    in_axes: int = 1
+    init: Init = "torch"
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        shape = x.shape[x.ndim - self.in_axes :]
+        fan_in, fan_out = math.prod(shape), math.prod(features)
+        kernel = self.param(
+            "kernel", lambda key: _init_kernel(self.init, key, fan_in, fan_out, shape + features)
+        )
+        # One flat matrix product: backends know it better than one over several axes.
+        y = lax.dot_general(
+            x.reshape(*x.shape[: x.ndim - self.in_axes], fan_in).astype(self.dtype),
+            kernel.reshape(fan_in, fan_out).astype(self.dtype),
+            (((x.ndim - self.in_axes,), (0,)), ((), ())),
+            precision=precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y = y.reshape(*y.shape[:-1], *features)
+        if self.use_bias:
+            y = y + self.param("bias", lambda key: _init_bias(self.init, key, fan_in, features))
+        return y.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """2-D convolution, channels last, kernel HWIO. Zero padding of ``pad`` cells on every side."""
+
+    features: int
+    size: int
+    stride: int = 1
+    pad: int = 0
+    groups: int = 1
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        size, channels = self.size, x.shape[-1]
+        fan_in = size * size * channels // self.groups
+        shape = (size, size, channels // self.groups, self.features)
+        kernel = self.param("kernel", lambda key: _init_kernel("torch", key, fan_in, 0, shape))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if size == self.stride and not self.pad and self.groups == 1:
+            y = self._patches(x, kernel)
+        else:
+            y = lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(self.pad, self.pad)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
+                precision=precision(self.dtype),
+            )
+        if self.use_bias:
+            bias = self.param(
+                "bias", lambda key: _init_bias("torch", key, fan_in, (self.features,))
+            )
+            y = y + bias.astype(y.dtype)
+        return y.astype(self.dtype)
+
+    def _patches(self, x: Array, kernel: Array) -> Array:
+        """Patches that do not overlap are one matrix product."""
+        b, h, w, c = x.shape
+        s = self.size
+        h, w = h // s, w // s
+        x = x[:, : h * s, : w * s].reshape(b, h, s, w, s, c).swapaxes(2, 3)
+        return jnp.dot(
+            x.reshape(b, h, w, s * s * c),
+            kernel.reshape(s * s * c, self.features),
+            precision=precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class Upsample2x(nn.Module):
+    """Transposed convolution of size 2 and stride 2, which is one matrix product.
+
+    The kernel has the layout of ``nn.ConvTranspose(transpose_kernel=True)``: (2, 2, out, in).
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        b, h, w, c = x.shape
+        fan_in = 4 * self.features  # PyTorch counts a transposed convolution's fan from its output
+        kernel = self.param(
+            "kernel",
+            lambda key: _init_kernel("torch", key, fan_in, 0, (2, 2, self.features, c)),
+        )
+        bias = self.param("bias", lambda key: _init_bias("torch", key, fan_in, (self.features,)))
+        y = lax.dot_general(
+            x.astype(self.dtype),
+            kernel.reshape(4 * self.features, c).astype(self.dtype),
+            (((3,), (1,)), ((), ())),
+            precision=precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y = y.reshape(b, h, w, 2, 2, self.features) + bias
+        y = y.astype(self.dtype).swapaxes(2, 3)
+        return y.reshape(b, 2 * h, 2 * w, self.features)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, computed in float32."""
+
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x).mean(axis=-1, keepdims=True)
+        return (x * lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over a map (eps 1e-5), computed in float32."""
+
+    groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        dim = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (dim,)).reshape(self.groups, -1)
+        bias = self.param("bias", nn.initializers.zeros, (dim,)).reshape(self.groups, -1)
+        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        y = y - y.mean(axis=(1, 2, 4), keepdims=True)
+        variance = jnp.square(y).mean(axis=(1, 2, 4), keepdims=True)
+        y = y * lax.rsqrt(variance + 1e-5) * scale + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A learned (``rows``, ``dim``) table, N(0, 1) at the start; calling it returns the table."""
+
+    rows: int
+    dim: int
+    init: Callable = nn.initializers.normal(1.0)
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "n d"]:
+        return self.param("embedding", self.init, (self.rows, self.dim))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections, so that heads are an axis of their own.
+
+    Covers PyTorch's ``nn.MultiheadAttention``, the ViT's fused qkv and SAM's down-projected
+    attention (``inner_dim``). ``init``/``out_init``: kernel initialisers of q, k, v and of out.
+    """
+
+    dim: int
+    num_heads: int
+    inner_dim: int | None = None
+    dropout: float = 0.0
+    init: Init = "xavier_qkv"
+    out_init: Init = "torch_zero_bias"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "b n dq"],
+        key: Float[Array, "b m dk"],
+        value: Float[Array, "b m dv"],
+        *,
+        bias: Float[Array, "#b #h n m"] | None = None,
+        key_mask: Bool[Array, "b m"] | None = None,
+        causal: bool = False,
+        rope: Rope | None = None,
+        key_rope: Rope | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b n d"]:
+        """``rope`` rotates the queries, ``key_rope`` (default: the same) the keys."""
+        heads = (self.num_heads, (self.inner_dim or self.dim) // self.num_heads)
+        q = Linear(heads, init=self.init, dtype=self.dtype, name="q")(query)
+        k = Linear(heads, init=self.init, dtype=self.dtype, name="k")(key)
+        v = Linear(heads, init=self.init, dtype=self.dtype, name="v")(value)
+        if rope is not None:
+            q = apply_rope(q, rope)
+            k = apply_rope(k, rope if key_rope is None else key_rope)
+        rate = 0.0 if deterministic else self.dropout
+        out = attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            key_mask=key_mask,
+            causal=causal,
+            dropout_rate=rate,
+            dropout_rng=self.make_rng("dropout") if rate else None,
+        )
+        return Linear(self.dim, in_axes=2, init=self.out_init, dtype=self.dtype, name="out")(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation and dropout between them."""
+
+    hidden: int
+    dim: int
+    activation: Callable[[Array], Array] = nn.relu
+    dropout: float = 0.0
+    init: Init = "torch"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*n d"], *, deterministic: bool = True
+    ) -> Float[Array, "*n d"]:
+        x = Linear(self.hidden, init=self.init, dtype=self.dtype, name="fc1")(x)
+        x = self.activation(x)
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return Linear(self.dim, init=self.init, dtype=self.dtype, name="fc2")(x)
+
+
+class Head(nn.Module):
+    """``depth`` linear layers with ReLU between: DETR's prediction heads (upstream ``MLP``)."""
+
+    hidden: int
+    dim: int
+    depth: int
+    init: Init = "torch"
+    last_init: Init | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d2"]:
+        for i in range(self.depth - 1):
+            x = nn.relu(Linear(self.hidden, init=self.init, dtype=self.dtype, name=f"layer_{i}")(x))
+        init = self.last_init or self.init
+        return Linear(self.dim, init=init, dtype=self.dtype, name=f"layer_{self.depth - 1}")(x)
+
+
+def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Exact GELU, PyTorch's default."""
+    return nn.gelu(x, approximate=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole samples (needs the "dropout" rng).
+
+    ``rows`` successive entries of the leading axis belong to one sample (attention windows).
+    """
+
+    rate: float
+    rows: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b ..."], *, deterministic: bool = True
+    ) -> Float[Array, "b ..."]:
+        if deterministic or self.rate == 0.0:
+            return x
+        samples = x.shape[0] // self.rows
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (samples,))
+        keep = jnp.repeat(keep, self.rows).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Pre-norm layer: self-attention, cross-attention to a memory, feed-forward.
+
+    Upstream: ``TransformerEncoderLayer`` (``sam3/model/encoder.py``); fusion and geometry encoder
+    are stacks of it. The residual stream stays float32, as under upstream's autocast.
+    """
+
+    dim: int
+    num_heads: int
+    mlp_dim: int
+    dropout: float
+    xavier: bool  # fusion is initialised by TransformerWrapper, the geometry encoder is not
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        memory: Float[Array, "b m d"],
+        *,
+        pos: Float[Array, "#b n d"] | None = None,
+        memory_pos: Float[Array, "#b m d"] | None = None,
+        mask: Bool[Array, "b n"] | None = None,
+        memory_mask: Bool[Array, "b m"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b n d"]:
+        """``pos`` is added to the self-attention's queries and keys, ``memory_pos`` to the cross-attention's keys."""
+
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        def attend(name: str) -> Attention:
+            return Attention(
+                self.dim,
+                self.num_heads,
+                dropout=self.dropout,
+                out_init="xavier_zero_bias" if self.xavier else "torch_zero_bias",
+                dtype=self.dtype,
+                name=name,
+            )
+
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        y = norm("norm1")(x)
+        q = y if pos is None else y + pos.astype(y.dtype)
+        y = attend("self_attn")(q, q, y, key_mask=mask, deterministic=deterministic)
+        x = x + drop(y)
+        keys = memory if memory_pos is None else memory + memory_pos.astype(memory.dtype)
+        y = attend("cross_attn")(
+            norm("norm2")(x), keys, memory, key_mask=memory_mask, deterministic=deterministic
+        )
+        x = x + drop(y)
+        init = "xavier" if self.xavier else "torch"
+        ffn = Mlp(self.mlp_dim, self.dim, nn.relu, self.dropout, init, self.dtype, name="ffn")
+        return x + drop(ffn(norm("norm3")(x), deterministic=deterministic))
+
+
+class ConvNextBlock(nn.Module):
+    """ConvNeXt block, depthwise 7x7, LayerNorm eps 1e-6 (upstream ``CXBlock``, ``model/memory.py``)."""
+
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        y = Conv(self.dim, 7, pad=3, groups=self.dim, dtype=self.dtype, name="dwconv")(x)
+        y = LayerNorm(eps=1e-6, dtype=self.dtype, name="norm")(y)
+        y = Mlp(4 * self.dim, self.dim, gelu, dtype=self.dtype, name="mlp")(y)
+        gamma = self.param("gamma", nn.initializers.constant(1e-6), (self.dim,))
+        return x + gamma * y

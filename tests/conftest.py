@@ -1,0 +1,47 @@
+"""What every test runs under: eight fake CPU devices, exact matmuls, checked shapes.
+
+Set SAM3_JAX_TEST_PLATFORM (for example ``cuda``) to run on another platform of jax.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
+
+PLATFORM = os.environ.get("SAM3_JAX_TEST_PLATFORM", "cpu")
+DEVICES = 8
+
+# Environment variables rather than jax.config, so that processes which tests start agree.
+os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # as torch computes float32
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
+).strip()
+# Compiling ahead of time for a TPU must not ask a metadata server which TPU this machine is.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles have random weights: no download
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# From here on every annotated shape and dtype of the package is checked at each call.
+install_import_hook("sam3_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where jax does not run on one."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not PLATFORM.startswith(("cuda", "gpu")):
+        skip = pytest.mark.skip(reason="needs a GPU: run with SAM3_JAX_TEST_PLATFORM=cuda")
+        for item in marked:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run and for every test."""
+    return np.random.default_rng(0)
