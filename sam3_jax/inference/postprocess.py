@@ -59,7 +59,7 @@ def select(scores: Float[np.ndarray, " q"], threshold: float) -> Int[np.ndarray,
 def boxes_to_pixels(
     boxes: Float[np.ndarray, "n 4"], size: tuple[int, int]
 ) -> Float[np.ndarray, "n 4"]:
-    """(cx, cy, w, h) fractions -> (x0, y0, x1, y1) pixels of an image of ``size`` (height, width)."""
+    """(cx, cy, w, h) fractions -> (x0, y0, x1, y1) pixels; ``size``: the image's height, width."""
     boxes = np.asarray(boxes, np.float32)
     height, width = size
     center, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -118,7 +118,7 @@ def upscale_masks(
 def fill_holes(
     logits: Float[np.ndarray, "n h w"], max_area: int = MAX_HOLE_AREA
 ) -> Float[np.ndarray, "n h w"]:
-    """Sets background components (logit <= 0, 8-connected) of at most ``max_area`` pixels to +10."""
+    """Sets 8-connected background (logit <= 0) of at most ``max_area`` pixels a piece to +10."""
     filled = np.array(logits, np.float32)
     for mask in filled:
         labels, _ = scipy.ndimage.label(mask <= 0, structure=np.ones((3, 3), bool))

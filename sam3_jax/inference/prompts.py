@@ -101,7 +101,7 @@ def _boxes(values: ArrayLike, size: tuple[int, int], name: str) -> Float[np.ndar
     return boxes
 
 
-def geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) -> Geometry:
+def pad_geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) -> Geometry:
     """Boxes of several prompts on images of ``size`` (height, width), padded together.
 
     Args:
@@ -135,7 +135,7 @@ def geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) -> G
     return padded
 
 
-def click(
+def click_prompt(
     points: ArrayLike | None,
     labels: ArrayLike | None,
     box: ArrayLike | None,
@@ -172,7 +172,7 @@ def click(
             f"{coordinates.tolist()}"
         )
     if box is not None:
-        corners = _boxes(np.reshape(np.asarray(box, np.float32), (-1, 4)), size, "box")
+        corners = _boxes(np.atleast_2d(box), size, "box")
         if len(corners) != 1:
             raise PromptError(f"one box at a time, got {len(corners)}")
         coordinates = np.concatenate([corners.reshape(2, 2), coordinates])

@@ -142,43 +142,25 @@ def _build(model_class: type, config: object) -> torch.nn.Module:
         return model_class(config).eval().float()
 
 
-def _detector(c: jax_config.ModelConfig) -> Sam3Model:
+def detector(c: jax_config.ModelConfig) -> Sam3Model:
+    """HF's detector at the size of one of our configurations, weights unset."""
     model = _build(Sam3Model, hf_config(c))
     model.detr_decoder.clamp_presence_logit_max_val = float("inf")
     return model
 
 
-def tiny_detector() -> Sam3Model:
-    """HF's detector at the size of ``sam3_jax.config.tiny()``, weights unset."""
-    return _detector(jax_config.tiny())
+def tracker(c: jax_config.ModelConfig) -> Sam3TrackerModel:
+    """HF's interactive head with its backbone at our configuration's size, weights unset."""
+    return _build(Sam3TrackerModel, hf_tracker_config(c))
 
 
-def full_detector() -> Sam3Model:
-    """HF's detector at the released size (3.4 GB), weights unset."""
-    return _detector(jax_config.sam3())
+def tracker_video(c: jax_config.ModelConfig) -> Sam3TrackerVideoModel:
+    """HF's whole tracker with its backbone at our configuration's size, weights unset."""
+    return _build(Sam3TrackerVideoModel, hf_tracker_video_config(c))
 
 
-def tiny_tracker() -> Sam3TrackerModel:
-    """HF's interactive head with its backbone at tiny size, weights unset."""
-    return _build(Sam3TrackerModel, hf_tracker_config(jax_config.tiny()))
-
-
-def full_tracker() -> Sam3TrackerModel:
-    """HF's interactive head with its backbone at the released size (1.9 GB), weights unset."""
-    return _build(Sam3TrackerModel, hf_tracker_config(jax_config.sam3()))
-
-
-def tiny_tracker_video() -> Sam3TrackerVideoModel:
-    """HF's whole tracker with its backbone at tiny size, weights unset."""
-    return _build(Sam3TrackerVideoModel, hf_tracker_video_config(jax_config.tiny()))
-
-
-def full_tracker_video() -> Sam3TrackerVideoModel:
-    """HF's whole tracker with its backbone at the released size (1.9 GB), weights unset."""
-    return _build(Sam3TrackerVideoModel, hf_tracker_video_config(jax_config.sam3()))
-
-
-def _video(c: jax_config.ModelConfig) -> Sam3VideoModel:
+def video(c: jax_config.ModelConfig) -> Sam3VideoModel:
+    """HF's concept tracking model (detector, tracker, both necks), weights unset."""
     config = Sam3VideoConfig(
         detector_config=hf_config(c).to_dict(),
         tracker_config=hf_tracker_video_config(c).to_dict(),
@@ -189,11 +171,41 @@ def _video(c: jax_config.ModelConfig) -> Sam3VideoModel:
     return model
 
 
+def tiny_detector() -> Sam3Model:
+    """:func:`detector` at ``sam3_jax.config.tiny()``."""
+    return detector(jax_config.tiny())
+
+
+def full_detector() -> Sam3Model:
+    """:func:`detector` at the released size (3.4 GB)."""
+    return detector(jax_config.sam3())
+
+
+def tiny_tracker() -> Sam3TrackerModel:
+    """:func:`tracker` at ``sam3_jax.config.tiny()``."""
+    return tracker(jax_config.tiny())
+
+
+def full_tracker() -> Sam3TrackerModel:
+    """:func:`tracker` at the released size (1.8 GB)."""
+    return tracker(jax_config.sam3())
+
+
+def tiny_tracker_video() -> Sam3TrackerVideoModel:
+    """:func:`tracker_video` at ``sam3_jax.config.tiny()``."""
+    return tracker_video(jax_config.tiny())
+
+
+def full_tracker_video() -> Sam3TrackerVideoModel:
+    """:func:`tracker_video` at the released size (1.9 GB)."""
+    return tracker_video(jax_config.sam3())
+
+
 def tiny_video() -> Sam3VideoModel:
-    """HF's concept tracking model (detector, tracker, both necks) at tiny size, weights unset."""
-    return _video(jax_config.tiny())
+    """:func:`video` at ``sam3_jax.config.tiny()``."""
+    return video(jax_config.tiny())
 
 
 def full_video() -> Sam3VideoModel:
-    """HF's concept tracking model at the released size (3.4 GB), weights unset."""
-    return _video(jax_config.sam3())
+    """:func:`video` at the released size (3.4 GB)."""
+    return video(jax_config.sam3())

@@ -13,27 +13,31 @@ import math
 import re
 import zlib
 
-import numpy as np
 import torch
 
 # How far above (or below) 1/sqrt(fan-in) a matrix is drawn; the first pattern found decides.
 _GAINS = tuple(
     (re.compile(pattern), gain)
     for pattern, gain in (
-        # Image keys of the decoder are not normalised: half the gain keeps attention soft.
-        (r"decoder\.layers\.\d+\.vision_cross_attn\.k_proj", 0.5),
+        # Keys of the decoder's image attention are not normalised: softer queries instead.
+        (r"detr_decoder\.layers\.\d+\.vision_cross_attn\.q_proj", 1.0),
         (r"detr_encoder\.layers\.\d+\.(self|cross)_attn\.q_proj", 1.5),
         (r"q_proj\.weight", 2.0),
-        # Ends of residual branches of the two deep stacks.
-        (r"(backbone|trunk)\..*(attention\.o_proj|attn\.proj|mlp\.fc2)", 0.5),
+        # Ends of residual branches: what all tokens receive alike (attention over thousands of
+        # keys, the mean of an activation) must not drown what tells them apart.
+        (r"(backbone|trunk)\..*(attention\.o_proj|attn\.proj|mlp\.fc2)", 0.25),
         (r"text_model.*(out_proj|fc2)|resblocks.*(out_proj|c_proj)", 0.5),
+        (r"detr_encoder\.layers.*(o_proj|fc2)|r\.encoder\.layers.*(out_proj|linear2)", 0.5),
+        (r"decoder\.layers\.\d+\.(text_cross_attn\.o|ca_text\.out|self_attn\.o(ut)?)_proj", 0.25),
+        (r"decoder\.layers\.\d+\.(vision_cross_attn\.o|cross_attn\.out)_proj", 0.25),
+        (r"decoder\.layers\.\d+\.(mlp\.fc2|linear2)", 0.5),
         # Last layers of heads.
-        (r"(presence_head\.layer3|presence_token_head\.layers\.2)", 4.0),
+        (r"(presence_head\.layer3|presence_token_head\.layers\.2)", 2.5),
         (r"(box_rpb_embed_[xy]\.layer2|boxRPB_embed_[xy]\.layers\.1)", 3.0),
-        (r"(box_head\.layer3|bbox_embed\.layers\.2)", 1.5),
+        (r"(box_head\.layer3|bbox_embed\.layers\.2)", 0.6),
         (r"(query_proj|hs_proj)", 3.0),
         (r"(iou_prediction_head|pred_obj_score_head)\.(proj_out|layers\.2)", 4.0),
-        (r"output_hypernetworks_mlps\.\d+\.(proj_out|layers\.2)", 3.0),
+        (r"output_hypernetworks_mlps\.\d+\.(proj_out|layers\.2)", 2.0),
     )
 )
 # Learned vectors that are added or looked up, with their standard deviation.
@@ -68,26 +72,23 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         if pattern.search(name):
             return 0.0, std
     if last.endswith("bias"):
-        return 0.0, 0.2
+        return 0.0, 0.1
     if len(shape) == 1:  # scale of a normalisation
         return 1.0, 0.2
     gain = next((gain for pattern, gain in _GAINS if pattern.search(name)), 1.0)
     return 0.0, gain / math.sqrt(_fan_in(name, shape))
 
 
-def draw(name: str, shape: tuple[int, ...], key: str, seed: int) -> np.ndarray:
-    """One float32 tensor. ``name`` chooses the scale, ``key`` (and no neighbour) the values."""
-    mean, std = scale_of(name, shape)
-    generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{seed}:{key}".encode())))
-    values = generator.standard_normal(shape, dtype=np.float32)
-    values *= np.float32(std)
-    values += np.float32(mean)
-    if re.search(r"(in_proj_weight|qkv\.weight)$", name):
-        values[: len(values) // 3] *= 2  # queries, as q_proj above
-    return values
-
-
 @torch.no_grad()
+def fill(tensor: torch.Tensor, name: str, key: str, seed: int) -> None:
+    """Fills a tensor in place. ``name`` chooses the scale, ``key`` (and no neighbour) the values."""
+    mean, std = scale_of(name, tuple(tensor.shape))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{key}".encode()))
+    tensor.normal_(mean, std, generator=generator)
+    if re.search(r"(in_proj_weight|qkv\.weight)$", name):
+        tensor[: len(tensor) // 3] *= 2  # queries, as q_proj above
+
+
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fills every stored parameter and buffer of an HF model in place and returns it.
 
@@ -98,7 +99,7 @@ def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     for name, tensor in model.state_dict().items():
         at = name.find(trunk)
         key = name[at:] if at >= 0 else f"{type(model).__name__}.{name}"
-        tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape), key, seed)))
+        fill(tensor, name, key, seed)
     tie_position_matrices(model)
     return model
 

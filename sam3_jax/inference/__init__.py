@@ -1,0 +1,1 @@
+"""Predictors and what turns their outputs into pixels, pictures and files."""

@@ -1,0 +1,120 @@
+"""The model's entry points as compiled programs of an image predictor.
+
+One program for an entry point and a set of padded sizes; outputs are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sam3_jax.models.detector import Sam3
+from sam3_jax.models.sam_heads import select_masks
+from sam3_jax.types import ClickPrompt, Geometry, Levels, TextFeatures
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+class RawOutput(NamedTuple):
+    """The model's outputs for one prompt before any threshold, float32.
+
+    ``pred_logits`` do not contain presence, ``presence_logits`` are not clamped; boxes are
+    (cx, cy, w, h) fractions of the image; masks are logits at a quarter of the patch size.
+    """
+
+    pred_logits: Float[np.ndarray, " q"]
+    pred_boxes: Float[np.ndarray, "q 4"]
+    presence_logits: np.float32
+    pred_masks: Float[np.ndarray, "q h w"]
+    semantic_seg: Float[np.ndarray, "h w"]
+
+
+class Programs(NamedTuple):
+    """The model's entry points, jitted; parameters come first."""
+
+    trunk: Callable[[Any, Float[Array, "1 s s 3"]], Array]
+    detector_levels: Callable[[Any, Array], Levels]
+    tracker_levels: Callable[[Any, Array], Levels]
+    text: Callable[[Any, Int[Array, "1 n"]], TextFeatures]
+    ground: Callable[[Any, Levels, Sequence[TextFeatures], Geometry], RawOutput]
+    click: Callable[[Any, Levels, ClickPrompt], dict[bool, tuple[Array, Array]]]
+
+
+def compute_dtype(name: Any) -> jnp.dtype:
+    """The dtype that "auto", "bfloat16", "float32" or a dtype object stands for.
+
+    "auto" is bfloat16 on accelerators and float32 on CPUs.
+
+    Raises:
+      ValueError: on any other.
+    """
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return dtype
+
+
+def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
+    """Jits the entry points of ``model``, to run on ``mesh``, with float32 outputs."""
+
+    def apply(params: Any, *args: Any, method: str) -> Any:
+        return model.apply({"params": params}, *args, method=method)
+
+    def trunk(params: Any, pixels: Float[Array, "1 s s 3"]) -> Array:
+        return apply(params, pixels, method="encode_trunk")
+
+    def detector_levels(params: Any, features: Array) -> Levels:
+        return apply(params, features, method="detector_levels")
+
+    def tracker_levels(params: Any, features: Array) -> Levels:
+        return apply(params, features, method="tracker_levels")
+
+    def text(params: Any, token_ids: Int[Array, "1 n"]) -> TextFeatures:
+        return apply(params, token_ids, method="encode_text")
+
+    def ground(
+        params: Any, levels: Levels, texts: Sequence[TextFeatures], geometry: Geometry
+    ) -> RawOutput:
+        features = TextFeatures(*(jnp.concatenate(parts) for parts in zip(*texts, strict=True)))
+        each = jnp.arange(len(texts))
+        out = apply(params, levels, features, geometry, 0 * each, each, method="ground")
+        return RawOutput(*(getattr(out, f).astype(jnp.float32) for f in RawOutput._fields))
+
+    def click(params: Any, levels: Levels, prompt: ClickPrompt) -> dict[bool, tuple]:
+        out = apply(params, levels, prompt, jnp.zeros(1, jnp.int32), method="click")
+        results = {}
+        for multimask in (True, False):
+            masks, iou = select_masks(out, model.config.sam, multimask=multimask)
+            results[multimask] = masks[0].astype(jnp.float32), iou[0].astype(jnp.float32)
+        return results
+
+    def compiled(function: Callable) -> Callable:
+        jitted = jax.jit(function)
+
+        def run(*args: Any) -> Any:
+            with jax.set_mesh(mesh):
+                return jitted(*args)
+
+        return jitted if mesh is None else run
+
+    functions = (trunk, detector_levels, tracker_levels, text, ground, click)
+    return Programs(*map(compiled, functions))
+
+
+@jax.jit
+def take_masks(
+    masks: Float[Array, "p q h w"], prompt: Int[Array, ""], queries: Int[Array, " n"]
+) -> Float[Array, "n h w"]:
+    """Some masks of one prompt."""
+    return masks[prompt, queries]

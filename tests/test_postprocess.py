@@ -1,0 +1,205 @@
+"""Outputs to pixels: scores, boxes, upscaling, holes, results file."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import skimage.measure
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sam3_jax.inference import postprocess
+from sam3_jax.inference.postprocess import Detections
+from sam3_jax.inference.results import CocoResults, encode_mask
+
+
+def smooth_logits(rng: np.random.Generator, n: int, side: int) -> np.ndarray:
+    """Logits with blobs, not noise: sums of a few waves."""
+    y, x = np.mgrid[:side, :side] / side
+    waves = rng.normal(size=(n, 6, 3)).astype(np.float32) * (1.0, 12.0, 12.0)
+    return np.stack([sum(a * np.sin(u * x + v * y + a) for a, u, v in w) for w in waves]).astype(
+        np.float32
+    )
+
+
+def test_scores_multiply_with_presence(rng):
+    logits, presence = rng.normal(size=(3, 7)) * 5, rng.normal(size=3) * 5
+    expected = torch.tensor(logits).sigmoid() * torch.tensor(presence).sigmoid()[:, None]
+    actual = postprocess.instance_scores(logits.astype(np.float32), presence.astype(np.float32))
+    # float32 logits: a relative rounding of 6e-8 times |logit| < 20
+    np.testing.assert_allclose(actual, expected, rtol=5e-6)
+
+
+def test_extreme_logits_do_not_overflow():
+    with np.errstate(all="raise"):
+        values = postprocess.sigmoid(np.asarray([-1e4, 0, 1e4], np.float32))
+    np.testing.assert_array_equal(values, np.asarray([0, 0.5, 1], np.float32))
+
+
+def test_select_is_strict_sorted_and_stable():
+    scores = np.asarray([0.5, 0.7, 0.2, 0.9, 0.7], np.float32)
+    np.testing.assert_array_equal(postprocess.select(scores, 0.5), [3, 1, 4])
+    assert len(postprocess.select(scores, 0.9)) == 0
+
+
+def test_boxes_become_corners_in_pixels():
+    fractions = np.asarray([[0.5, 0.25, 0.5, 0.25], [0.0, 0.0, 0.2, 0.2]], np.float32)
+    boxes = postprocess.boxes_to_pixels(fractions, (200, 400))
+    # not clipped, as upstream
+    np.testing.assert_allclose(boxes, [[100, 25, 300, 75], [-40, -20, 40, 20]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(96, 140), (13, 200), (7, 5), (32, 32), (1, 1), (300, 31)])
+def test_upscaling_equals_torch(rng, size):
+    logits = smooth_logits(rng, 5, 32)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(logits)[:, None], size, mode="bilinear", align_corners=False
+    )[:, 0].numpy()
+    masks = postprocess.upscale_masks(logits, size)
+    assert masks.shape == (5, *size)
+    # Interpolated logits that are 0 up to float32 rounding may fall on either side.
+    clear = np.abs(expected) > 1e-5
+    np.testing.assert_array_equal(masks[clear], (expected > 0)[clear])
+    assert clear.mean() > 0.99
+
+
+def test_only_the_rectangle_of_positive_logits_is_touched_and_all_of_it(rng):
+    """The shortcut changes nothing: blobs in corners, in the middle, nowhere, everywhere."""
+    logits = np.full((5, 16, 16), -1.0, np.float32)
+    logits[0, :2, :2] = 2.7  # not 3: nothing interpolates to exactly 0
+    logits[1, -1, -1] = 2.7
+    logits[2, 7:9, 4] = 2.7
+    logits[4] = 1
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(logits)[:, None], (75, 90), mode="bilinear", align_corners=False
+    )[:, 0].numpy()
+    np.testing.assert_array_equal(postprocess.upscale_masks(logits, (75, 90)), expected > 0)
+
+
+def test_no_mask_gives_an_empty_array_of_the_right_size():
+    found = postprocess.detections(
+        np.zeros(0), np.zeros((0, 4)), np.zeros((0, 32, 32), np.float32), (20, 30)
+    )
+    assert found.masks.shape == (0, 20, 30)
+    assert found.boxes.shape == (0, 4)
+    assert found.scores.shape == (0,)
+
+
+def test_many_masks_on_a_4k_picture_need_little_beside_the_result(rng):
+    logits = smooth_logits(rng, 8, 288)
+    tracemalloc.start()
+    masks = postprocess.upscale_masks(logits, (2160, 3840))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert masks.any(axis=(1, 2)).all()
+    # One mask's rows at low resolution height (288 x 3840 float32, three of them) and a block.
+    assert peak - masks.nbytes < 40e6
+
+
+def test_holes_are_filled_as_upstream_does(rng):
+    logits = smooth_logits(rng, 4, 96)
+    logits += np.where(rng.random(logits.shape) < 0.02, -8, 0).astype(np.float32)  # pinholes
+    expected = logits.copy()
+    for mask in expected:  # connected components of another library, 8-connected
+        labels = skimage.measure.label(mask <= 0, connectivity=2)
+        for region in skimage.measure.regionprops(labels):
+            if region.area <= 60:
+                mask[labels == region.label] = 10.0
+    assert (expected != logits).any()
+    np.testing.assert_array_equal(postprocess.fill_holes(logits, 60), expected)
+
+
+def test_holes_that_touch_at_a_corner_count_as_one():
+    logits = np.ones((1, 64, 64), np.float32)
+    logits[0, 0:16, 0:16] = -1  # 256 pixels: filled if alone
+    logits[0, 40:56, 40:56] = -1
+    logits[0, 56, 56] = 0  # a zero is background, and makes this one 257
+    filled = postprocess.fill_holes(logits)
+    assert (filled[0, 0:16, 0:16] == 10).all()
+    np.testing.assert_array_equal(filled[0, 40:57, 40:57], logits[0, 40:57, 40:57])
+    assert (logits[0, 0:16, 0:16] == -1).all(), "the argument must stay as it is"
+
+
+def test_concatenate_keeps_order_and_refuses_nothing():
+    a = Detections(np.ones((2, 3, 4), bool), np.zeros((2, 4), np.float32), np.ones(2, np.float32))
+    b = Detections(np.zeros((1, 3, 4), bool), np.ones((1, 4), np.float32), np.zeros(1, np.float32))
+    both = postprocess.concatenate([a, b])
+    np.testing.assert_array_equal(both.scores, [1, 1, 0])
+    np.testing.assert_array_equal(both.masks.any((1, 2)), [True, True, False])
+    with pytest.raises(ValueError, match="at least one prompt"):
+        postprocess.concatenate([])
+
+
+def some_detections(rng: np.random.Generator, n: int, size: tuple[int, int]) -> Detections:
+    """Rectangles at random with their boxes."""
+    masks, boxes = np.zeros((n, *size), bool), np.zeros((n, 4), np.float32)
+    for mask, box in zip(masks, boxes, strict=True):
+        y, x = rng.integers(0, size[0] - 8), rng.integers(0, size[1] - 8)
+        mask[y : y + 8, x : x + 6] = True
+        box[:] = (x, y, x + 6, y + 8)
+    return Detections(masks, boxes, np.linspace(0.9, 0.6, n, dtype=np.float32))
+
+
+def test_results_file_is_coco(rng, tmp_path):
+    cats, dogs = some_detections(rng, 2, (40, 50)), some_detections(rng, 3, (40, 50))
+    none = some_detections(rng, 0, (40, 50))
+    results = CocoResults(["cat", "dog"], {"checkpoint": "here"})
+    results.add_image("a/one.jpg", (40, 50), {"cat": cats, "dog": dogs}, "one_overlay.png")
+    results.add_error("broken.jpg", "not a picture")
+    results.add_image("b/one.jpg", (40, 50), {"cat": none, "dog": none}, "one_2_overlay.png")
+    path = tmp_path / "results.json"
+    results.write(path)
+
+    data = json.loads(path.read_text())
+    assert data["schema_version"] == 1
+    assert [image["status"] for image in data["images"]] == ["ok", "error", "ok"]
+    assert data["images"][1]["error"] == "not a picture"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+    coco = COCO(str(path))
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1, catIds=2))
+    np.testing.assert_array_equal([coco.annToMask(a) for a in annotations], dogs.masks)
+    assert [a["area"] for a in annotations] == [48, 48, 48]
+    assert annotations[0]["bbox"][2:] == [6, 8]
+
+    # The annotations are predictions too: against themselves as truth they are perfect.
+    predictions = coco.loadRes(data["annotations"])
+    for kind in ("segm", "bbox"):
+        evaluation = COCOeval(coco, predictions, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_result_boxes_end_at_the_image():
+    found = Detections(
+        np.ones((1, 10, 20), bool),
+        np.asarray([[-3, -2, 25, 8]], np.float32),
+        np.asarray([0.7], np.float32),
+    )
+    results = CocoResults(["x"], {})
+    results.add_image("x.png", (10, 20), {"x": found}, "x_overlay.png")
+    assert results._data["annotations"][0]["bbox"] == [0, 0, 20, 8]
+
+
+def test_masks_survive_run_length_encoding(rng):
+    mask = rng.random((33, 57)) > 0.5
+    encoded = json.loads(json.dumps(encode_mask(mask)))
+    np.testing.assert_array_equal(coco_mask.decode(encoded), mask)
+
+
+def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        CocoResults(["x"], {}).write(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]

@@ -1,0 +1,494 @@
+"""ImagePredictor on a tiny model with random weights: meaning of prompts, invariances, caching."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+import torch
+
+import sam3_jax
+from sam3_jax import ImagePredictor, Prompt
+from sam3_jax import config as configs
+from sam3_jax.data.images import ImageError, to_model_input
+from sam3_jax.inference import compile_cache, programs, prompts
+from sam3_jax.inference.prompts import PromptError
+from sam3_jax.models.detector import Sam3, empty_geometry, init_params
+from sam3_jax.models.sam_heads import select_masks
+from sam3_jax.sharding import make_mesh
+from sam3_jax.tokenizer import default_tokenizer
+from sam3_jax.types import ClickPrompt
+
+ROOT = Path(__file__).resolve().parents[1]
+BOX = (30.0, 20.0, 120.0, 90.0)
+OTHER = (100.0, 60.0, 190.0, 130.0)
+
+
+@pytest.fixture(scope="module")
+def config() -> configs.ModelConfig:
+    return configs.tiny()
+
+
+@pytest.fixture(scope="module")
+def params(config) -> dict:
+    """Random weights, spread so that every input matters and that scores fall around .25."""
+    return jax.tree.map(lambda leaf: leaf * 1.5, init_params(config, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.ascontiguousarray(skimage.data.coffee()[60:200, 100:300])
+
+
+@pytest.fixture(scope="module")
+def predictor(params, config, image) -> ImagePredictor:
+    predictor = ImagePredictor(params, config, dtype="float32")
+    predictor.set_image(image)
+    return predictor
+
+
+def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
+    """Fields agree to ``tolerance`` of the spread: another batch size adds in another order."""
+    for name, a, b in zip(expected._fields, actual, expected, strict=True):
+        spread = max(float(np.ptp(b)), 1.0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * spread, err_msg=name)
+
+
+def differ(a, b) -> bool:
+    return float(np.abs(a.pred_masks - b.pred_masks).max()) > 1e-3 * float(np.ptp(b.pred_masks))
+
+
+# ------------------------------------------------------------------------------ concept prompts
+
+
+def test_raw_outputs_are_the_models(predictor, params, config, image):
+    """Against the model itself, without the predictor's padding, caching and prompt code."""
+    raw = predictor.predict_raw(text="coffee cup", boxes=[BOX, OTHER], box_labels=[1, 0])
+    side, (height, width) = config.image_size, image.shape[:2]
+
+    def apply(*args, method):
+        return Sam3(config).apply({"params": params}, *args, method=method)
+
+    features = apply(to_model_input(image, (side, side))[None], method="encode_image")
+    text = apply(default_tokenizer()(["coffee cup"], 32), method="encode_text")
+    corners = np.asarray([BOX, OTHER]) / (width, height, width, height)
+    boxes = np.concatenate(
+        [(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1
+    )
+    geometry = empty_geometry(1, boxes=2)._replace(
+        boxes=jnp.asarray(boxes[None], jnp.float32),
+        box_labels=jnp.asarray([[1, 0]]),
+        box_mask=jnp.ones((1, 2), bool),
+    )
+    index = jnp.zeros(1, jnp.int32)
+    out = apply(features.detector, text, geometry, index, index, method="ground")
+    expected = programs.RawOutput(*(getattr(out, f)[0] for f in raw._fields))
+    assert_same(raw, expected)
+    queries, low = config.decoder.num_queries, 4 * side // 14
+    assert raw.pred_logits.shape == (queries,)
+    assert raw.pred_boxes.shape == (queries, 4)
+    assert np.shape(raw.presence_logits) == ()
+    assert raw.pred_masks.shape == (queries, low, low)
+    assert raw.semantic_seg.shape == (low, low)
+
+
+def test_detections_are_the_raw_outputs_above_the_threshold(predictor, image):
+    raw = predictor.predict_raw(text="cup")
+    scores = torch.tensor(raw.pred_logits).sigmoid() * torch.tensor(raw.presence_logits).sigmoid()
+    threshold = float(scores.median())
+    found = predictor.predict(text="cup", threshold=threshold)
+    order = torch.argsort(-scores)[: int((scores > threshold).sum())].numpy()
+    assert 0 < len(order) < len(scores)
+
+    height, width = image.shape[:2]
+    assert found.masks.shape == (len(order), height, width)
+    assert found.masks.dtype == bool
+    np.testing.assert_allclose(found.scores, scores[order], rtol=1e-5)  # float32 sigmoids
+    center, size = raw.pred_boxes[order, :2], raw.pred_boxes[order, 2:]
+    corners = np.concatenate([center - size / 2, center + size / 2], 1)
+    np.testing.assert_allclose(found.boxes, corners * ([width, height] * 2), atol=1e-3)
+    logits = torch.nn.functional.interpolate(
+        torch.tensor(raw.pred_masks[order])[:, None],
+        (height, width),
+        mode="bilinear",
+        align_corners=False,
+    )[:, 0].numpy()
+    clear = np.abs(logits) > 1e-5 * np.ptp(logits)  # not 0 up to rounding
+    np.testing.assert_array_equal(found.masks[clear], (logits > 0)[clear])
+
+
+def test_thresholds_keep_nothing_or_everything(predictor, config, image):
+    nothing = predictor.predict(text="cup", threshold=1.0)
+    assert nothing.masks.shape == (0, *image.shape[:2])
+    assert nothing.boxes.shape == (0, 4)
+    everything = predictor.predict(text="cup", threshold=0.0)
+    assert len(everything.scores) == config.decoder.num_queries
+    assert (np.diff(everything.scores) <= 0).all()
+
+
+def test_no_text_means_the_phrase_visual(predictor):
+    assert_same(predictor.predict_raw(boxes=[BOX]), predictor.predict_raw("visual", [BOX]))
+
+
+def test_every_part_of_a_prompt_matters(predictor):
+    base = predictor.predict_raw("cup", [BOX])
+    assert differ(predictor.predict_raw("plate", [BOX]), base)
+    assert differ(predictor.predict_raw("cup", [OTHER]), base)
+    assert differ(predictor.predict_raw("cup", [BOX], [0]), base)
+    assert differ(predictor.predict_raw("cup"), base)
+    assert_same(predictor.predict_raw("cup", [BOX], [1]), base)  # the default label
+    assert_same(predictor.predict_raw("cup", [BOX], [True]), base)
+
+
+def test_order_of_boxes_does_not_matter(predictor):
+    a = predictor.predict_raw("cup", [BOX, OTHER], [1, 0])
+    assert_same(predictor.predict_raw("cup", [OTHER, BOX], [0, 1]), a)
+
+
+def test_a_prompt_alone_or_in_company_gives_the_same(predictor):
+    """Seven prompts: more than a group, padded prompts, boxes padded to those of others."""
+    asked = [
+        Prompt("cup"),
+        Prompt("saucer", [BOX]),
+        Prompt(None, [OTHER, BOX], [1, 0]),
+        Prompt("spoon", [BOX, OTHER, BOX, OTHER, BOX], [1, 1, 0, 0, 1]),
+        Prompt("cup"),
+        Prompt("table"),
+        Prompt("saucer", [BOX], [0]),
+    ]
+    together = predictor.predict_many(asked, threshold=0.0)
+    for prompt, found in zip(asked, together, strict=True):
+        (alone,) = predictor.predict_many([prompt], threshold=0.0)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-5 * 200)
+        # A logit that is 0 up to rounding may fall on either side.
+        assert (found.masks != alone.masks).mean() < 1e-4
+    assert not np.allclose(together[0].scores, together[1].scores, atol=1e-4)
+
+
+def test_order_of_prompts_does_not_matter(predictor):
+    phrases = ["cup", "saucer", "spoon"]
+    forward = predictor.predict_raw(phrases)
+    backward = predictor.predict_raw(phrases[::-1])
+    for a, b in zip(forward, backward[::-1], strict=True):
+        assert_same(a, b)
+    assert isinstance(forward, list)
+    assert predictor.predict_raw([]) == []
+
+
+def test_encoded_text_is_accepted(predictor):
+    features = predictor.encode_text("cup")
+    assert_same(predictor.predict_raw(features), predictor.predict_raw("cup"))
+    both = predictor.predict_raw([features, "plate"])
+    assert_same(both[1], predictor.predict_raw("plate"))
+
+
+def test_phrases_are_encoded_once_and_forgotten_in_time(params, config, image, monkeypatch):
+    predictor = ImagePredictor(params, config, dtype="float32")
+    predictor.set_image(image)
+    encoded = []
+    run = predictor._run
+    text = lambda params, ids: encoded.append(ids) or run.text(params, ids)  # noqa: E731
+    predictor._run = run._replace(text=text)
+    monkeypatch.setattr("sam3_jax.inference.image.PHRASES_KEPT", 2)
+    for phrase in ("a", "b", "a", "c", "a", "b"):  # c drops b, not a: a was used later
+        predictor.encode_text(phrase)
+    assert len(encoded) == 4
+
+
+def test_sources_of_an_image_agree(predictor, image, tmp_path):
+    """Last of its kind: it sets the image, to the same pixels."""
+    expected = predictor.predict_raw("cup")
+    PIL.Image.fromarray(image).save(tmp_path / "image.png")
+    for source in (tmp_path / "image.png", str(tmp_path / "image.png"), PIL.Image.fromarray(image)):
+        predictor.set_image(source)
+        assert predictor.image_size == image.shape[:2]
+        assert_same(predictor.predict_raw("cup"), expected, 0.0)
+
+
+def test_a_bad_image_leaves_the_one_before(predictor, image, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    before = predictor.predict_raw("cup")
+    for source in (tmp_path / "broken.jpg", tmp_path / "missing.jpg", np.zeros((5, 5))):
+        with pytest.raises(ImageError):
+            predictor.set_image(source)
+    assert predictor.image_size == image.shape[:2]
+    assert_same(predictor.predict_raw("cup"), before, 0.0)
+
+
+# --------------------------------------------------------------------------------------- clicks
+
+
+def test_clicks_are_the_models(predictor, params, config, image):
+    """Against the model itself: scaling, box before points, holes, clamping."""
+    points, labels = [(50.0, 60.0), (150.0, 20.0)], [1, 0]
+    side, (height, width) = config.image_size, image.shape[:2]
+    scale = np.asarray([side / width, side / height])
+
+    def apply(*args, method):
+        return Sam3(config).apply({"params": params}, *args, method=method)
+
+    features = apply(to_model_input(image, (side, side))[None], method="encode_image")
+    low = 4 * side // 14
+    rows = np.concatenate([np.reshape(BOX, (2, 2)), points]) * scale
+    prompt = ClickPrompt(
+        points=jnp.asarray(rows[None], jnp.float32),
+        labels=jnp.asarray([[2, 3, *labels]]),
+        mask_input=jnp.zeros((1, low, low)),
+        has_mask=jnp.zeros(1, bool),
+    )
+    out = apply(features.tracker, prompt, jnp.zeros(1, jnp.int32), method="click")
+    for multimask, count in ((True, 3), (False, 1)):
+        masks, iou = select_masks(out, config.sam, multimask=multimask)
+        result = predictor.predict_points(points, labels, box=BOX, multimask=multimask)
+        assert result.masks.shape == (count, height, width)
+        assert result.low_res_logits.shape == (count, low, low)
+        spread = float(np.ptp(masks))
+        np.testing.assert_allclose(result.iou, iou[0], atol=1e-5)
+        np.testing.assert_allclose(
+            result.low_res_logits, np.clip(masks[0], -32, 32), atol=1e-5 * spread
+        )
+
+
+def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
+    """A 32 x 32 mask with a hole: closed in the picture, kept in what refines the next click."""
+    logits = np.full((3, 32, 32), 40.0, np.float32)
+    logits[:, 10:14, 10:14] = -50.0
+    predictor.predict_points([(50, 50)])
+    fake = {True: (logits, np.ones(3, np.float32))}
+    monkeypatch.setattr(predictor, "_run", predictor._run._replace(click=lambda *_: fake))
+    result = predictor.predict_points([(50, 50)])
+    assert result.masks.all()
+    assert result.low_res_logits.min() == -32
+    assert result.low_res_logits.max() == 32
+
+
+def test_padding_of_points_does_not_matter(predictor, monkeypatch):
+    points, labels = [(50, 60), (150, 20), (20, 100)], [1, 0, 1]
+    expected = predictor.predict_points(points, labels)
+    monkeypatch.setattr(prompts, "POINT_BUCKETS", (3, 16))
+    assert_same(predictor.predict_points(points, labels), expected)
+    monkeypatch.setattr(prompts, "POINT_BUCKETS", (16,))
+    assert_same(predictor.predict_points(points, labels), expected)
+
+
+def test_every_part_of_a_click_matters(predictor):
+    def logits(*args, **kwargs):
+        return predictor.predict_points(*args, **kwargs).low_res_logits
+
+    base = logits([(50, 60)], [1])
+    np.testing.assert_array_equal(logits([(50, 60)]), base)
+    spread = np.ptp(base)
+    for other in (
+        logits([(90, 60)], [1]),
+        logits([(50, 60)], [0]),
+        logits([(50, 60)], [1], box=BOX),
+        logits(box=BOX),
+        logits([(50, 60)], [1], mask_input=base[0]),
+        logits(mask_input=base[0]),
+    ):
+        assert np.abs(other - base).max() > 1e-3 * spread
+    np.testing.assert_array_equal(logits(mask_input=base[:1]), logits(mask_input=base[0]))
+    assert len(logits([(50, 60)], multimask=False)) == 1
+
+
+def test_pyramids_are_made_once_and_only_when_needed(params, config, image):
+    predictor = ImagePredictor(params, config, dtype="float32")
+    calls = []
+
+    def counted(name):
+        function = getattr(predictor._run, name)
+        return lambda *args: calls.append(name) or function(*args)
+
+    names = ("trunk", "detector_levels", "tracker_levels")
+    predictor._run = predictor._run._replace(**{name: counted(name) for name in names})
+    predictor.set_image(image)
+    assert calls == ["trunk"]
+    predictor.predict("cup")
+    predictor.predict("plate")
+    assert calls == ["trunk", "detector_levels"]
+    predictor.predict_points([(3, 3)])
+    predictor.predict_points([(9, 9)])
+    assert calls == ["trunk", "detector_levels", "tracker_levels"]
+
+
+# --------------------------------------------------------------------------------- compilation
+
+
+def test_nothing_compiles_again_within_a_bucket(predictor):
+    ground, click = predictor._run.ground, predictor._run.click
+    predictor.predict(["a", "b", "c"], [BOX] * 2)
+    predictor.predict_points([(3, 3)] * 3)
+    before = ground._cache_size(), click._cache_size()
+    predictor.predict(["d", "e", "f", "g"], [BOX] * 4)
+    predictor.predict_many([Prompt("a", [BOX] * 3), Prompt("b"), Prompt("c")], threshold=0.1)
+    predictor.predict_points([(3, 3), (4, 4)], box=BOX, mask_input=np.zeros((32, 32)))
+    assert (ground._cache_size(), click._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes", "expected"),
+    [(0, (0, 1, 4), 0), (1, (0, 1, 4), 1), (2, (0, 1, 4), 4), (5, (0, 1, 4), 8), (64, (1,), 64)],
+)
+def test_buckets(n, sizes, expected):
+    assert prompts.bucket(n, sizes) == expected
+
+
+def test_compiled_programs_are_kept_on_disk(tmp_path):
+    """In a process of its own: a second predictor finds what the first one compiled."""
+    code = """
+import os, sys, jax
+from sam3_jax.inference import compile_cache
+compile_cache.MIN_COMPILE_SECONDS = 0.0  # tiny programs compile quickly
+jax.jit(lambda x: x + 1)(1)  # jax has compiled something before: the cache must still be noticed
+compile_cache.enable()
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+jax.jit(lambda x: x * 3 + 1)(2.0)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+    def run(**variables: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        env |= {"PYTHONPATH": str(ROOT), **variables}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run(SAM3_JAX_CACHE_DIR=str(tmp_path / "a")) == str(tmp_path / "a")
+    assert any((tmp_path / "a").iterdir())
+    assert run(SAM3_JAX_CACHE_DIR="off") == "None"
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "sam3_jax")
+    chosen = str(tmp_path / "b")
+    assert run(JAX_COMPILATION_CACHE_DIR=chosen, SAM3_JAX_CACHE_DIR=str(tmp_path / "c")) == chosen
+    assert not (tmp_path / "c").exists()
+
+
+def test_several_devices_equal_one(params, config, image, predictor):
+    spread = ImagePredictor(params, config, dtype="float32", mesh=make_mesh(tensor=4, data=2))
+    spread.set_image(image)
+    assert_same(
+        spread.predict_raw("cup", [BOX]), predictor.predict_raw("cup", [BOX]), tolerance=1e-4
+    )
+    a, b = (p.predict_points([(50, 60)]) for p in (spread, predictor))
+    assert_same(a._replace(masks=0), b._replace(masks=0), tolerance=1e-4)
+    sharded = [leaf for leaf in jax.tree.leaves(spread._params) if not leaf.is_fully_replicated]
+    assert sharded
+
+
+def test_compute_dtypes(params, config, image):
+    assert programs.compute_dtype("auto") == jnp.dtype(
+        "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    )
+    assert programs.compute_dtype(jnp.bfloat16) == jnp.dtype("bfloat16")
+    for wrong in ("float16", "half", "nonsense", None, 3):
+        with pytest.raises(ValueError, match="auto, bfloat16, float32"):
+            programs.compute_dtype(wrong)
+    predictor = ImagePredictor(params, config, dtype="bfloat16")
+    predictor.set_image(image)
+    raw = predictor.predict_raw("cup")
+    assert all(np.asarray(field).dtype == np.float32 for field in raw)
+    result = predictor.predict_points([(50, 60)])
+    assert result.low_res_logits.dtype == result.iou.dtype == np.float32
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give text, boxes, or both"),
+        ({"text": "  "}, "must be a phrase"),
+        ({"text": [3]}, "must be a phrase"),
+        ({"text": "cup", "boxes": [1, 2, 3, 4]}, r"shape \(n, 4\), got \(4,\)"),
+        ({"text": "cup", "boxes": [[1, 2, "x", 4]]}, "must be numbers"),
+        ({"text": "cup", "boxes": [[5, 5, 5, 9]]}, "x0 < x1"),
+        ({"text": "cup", "boxes": [[500, 5, 600, 9]]}, "outside the image of 200 x 140"),
+        ({"text": "cup", "boxes": [[1, 2, float("nan"), 4]]}, "finite"),
+        ({"text": "cup", "boxes": [BOX], "box_labels": [1, 0]}, "1 values, one for each"),
+        ({"text": "cup", "boxes": [BOX], "box_labels": [2]}, "1 .positive. or 0"),
+        ({"text": "cup", "box_labels": [1]}, "0 values"),
+    ],
+)
+def test_bad_concept_prompts(predictor, arguments, message):
+    with pytest.raises(PromptError, match=message):
+        predictor.predict_raw(**arguments)
+    with pytest.raises(PromptError, match=message):
+        predictor.predict(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give points, a box, or mask_input"),
+        ({"labels": [1]}, "labels were given without points"),
+        ({"points": (3, 4)}, r"shape \(n, 2\), got \(2,\)"),
+        ({"points": [(3, 4)], "labels": [1, 1]}, "1 values"),
+        ({"points": [(3, 4)], "labels": [2]}, "1 .positive. or 0"),
+        ({"points": [(150, 190)]}, "must lie on the image of 200 x 140"),
+        ({"box": [BOX, BOX]}, "one box at a time"),
+        ({"box": (9, 9, 3, 3)}, "x0 < x1"),
+        ({"mask_input": np.zeros((3, 32, 32))}, "of one mask"),
+        ({"mask_input": np.full((32, 32), np.inf)}, "finite"),
+    ],
+)
+def test_bad_clicks(predictor, arguments, message):
+    with pytest.raises(PromptError, match=message):
+        predictor.predict_points(**arguments)
+
+
+def test_order_of_calls(params, config):
+    predictor = ImagePredictor(params, config)
+    for call in (
+        lambda: predictor.predict("cup"),
+        lambda: predictor.predict_raw("cup"),
+        lambda: predictor.predict_points([(1, 1)]),
+        lambda: predictor.image_size,
+    ):
+        with pytest.raises(RuntimeError, match="call set_image first"):
+            call()
+
+
+def test_threshold_must_be_a_probability(predictor):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        predictor.predict("cup", threshold=1.5)
+
+
+# --------------------------------------------------------------------------------- public names
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, sam3_jax; print([m for m in ('jax', 'numpy', 'PIL') if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    for name in sam3_jax.__all__:
+        assert getattr(sam3_jax, name) is not None
+        assert name in dir(sam3_jax)
+    with pytest.raises(AttributeError, match="nonsense"):
+        sam3_jax.nonsense  # noqa: B018
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sam3_jax.__version__ == project["version"]
+
+
+def test_cache_folder_follows_the_platform(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("LOCALAPPDATA", "/l")
+    for platform, parent in (("linux", "/x"), ("win32", "/l"), ("darwin", "Library/Caches")):
+        monkeypatch.setattr(sys, "platform", platform)
+        folder = compile_cache.default_folder()
+        assert folder.name == "sam3_jax"
+        assert folder.parent.as_posix().endswith(parent)
