@@ -2,7 +2,7 @@
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS.
 
 PYTHON ?= python3
-# PyPI's torch for Linux brings 3 GB of CUDA; https://download.pytorch.org/whl/cpu does not.
+# PyPI's torch for Linux brings 3 GB of CUDA; the index that pytorch.org names for CPU does not.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 

@@ -100,7 +100,7 @@ class SegmentationConfig:
 
 @dataclass
 class SamConfig:
-    """SAM prompt encoder and two-way mask decoder (``sam/prompt_encoder.py``, ``mask_decoder.py``)."""
+    """Interactive head (``sam/prompt_encoder.py``, ``sam/mask_decoder.py``)."""
 
     depth: int = 2
     num_heads: int = 8
@@ -114,7 +114,7 @@ class SamConfig:
 
 @dataclass
 class MemoryConfig:
-    """Memory encoder and memory attention of the tracker (``model/memory.py``, ``sam3_tracker_base.py``)."""
+    """The tracker's memory (``model/memory.py``, ``model/sam3_tracker_base.py``)."""
 
     dim: int = 64
     num_maps: int = 7

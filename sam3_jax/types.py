@@ -98,7 +98,7 @@ class ClickPrompt(NamedTuple):
 
 
 class ClickOutput(NamedTuple):
-    """All four mask hypotheses of the SAM decoder: index 0 is the single mask, 1..3 the multimasks."""
+    """All mask hypotheses of the SAM decoder: 0 is the single mask, 1..3 the multimasks."""
 
     masks: Float[Array, "p m h w"]  # logits
     iou: Float[Array, "p m"]

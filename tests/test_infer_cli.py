@@ -13,9 +13,9 @@ import PIL.Image
 import pytest
 import skimage.data
 from pycocotools.coco import COCO
+from sam3_jax.checkpoint import CheckpointError
 
 from sam3_jax import config as configs
-from sam3_jax.checkpoint import CheckpointError
 from sam3_jax.inference import batch, cli, files
 from sam3_jax.inference.image import ImagePredictor
 from sam3_jax.models.detector import init_params

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +16,26 @@ import PIL.Image
 import pytest
 import skimage.data
 import torch
+from jaxtyping import Array
 
 import sam3_jax
+import tiny_predictor
 from sam3_jax import ImagePredictor, Prompt
-from sam3_jax import config as configs
 from sam3_jax.data.images import ImageError, to_model_input
-from sam3_jax.inference import compile_cache, programs, prompts
+from sam3_jax.inference import compile_cache, prompts
+from sam3_jax.inference.programs import RawOutput, compute_dtype
 from sam3_jax.inference.prompts import PromptError
-from sam3_jax.models.detector import Sam3, empty_geometry, init_params
+from sam3_jax.models.detector import Sam3, empty_click, empty_geometry
 from sam3_jax.models.sam_heads import select_masks
 from sam3_jax.sharding import make_mesh
 from sam3_jax.tokenizer import default_tokenizer
-from sam3_jax.types import ClickPrompt
+from sam3_jax.types import ClickOutput, GroundOutput, TextFeatures
 
 ROOT = Path(__file__).resolve().parents[1]
 BOX = (30.0, 20.0, 120.0, 90.0)
 OTHER = (100.0, 60.0, 190.0, 130.0)
-
-
-@pytest.fixture(scope="module")
-def config() -> configs.ModelConfig:
-    return configs.tiny()
-
-
-@pytest.fixture(scope="module")
-def params(config) -> dict:
-    """Random weights, spread so that every input matters and that scores fall around .25."""
-    return jax.tree.map(lambda leaf: leaf * 1.5, init_params(config, jax.random.key(0)))
+TWO = [BOX, OTHER]
+POINTS = [(50.0, 60.0), (150.0, 20.0)]
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +43,20 @@ def image() -> np.ndarray:
     return np.ascontiguousarray(skimage.data.coffee()[60:200, 100:300])
 
 
-@pytest.fixture(scope="module")
-def predictor(params, config, image) -> ImagePredictor:
-    predictor = ImagePredictor(params, config, dtype="float32")
+@pytest.fixture
+def predictor(image) -> ImagePredictor:
+    """The shared one, with the image set (encoding it takes milliseconds)."""
+    predictor = tiny_predictor.predictor()
     predictor.set_image(image)
     return predictor
 
 
-def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
-    """Fields agree to ``tolerance`` of the spread: another batch size adds in another order."""
-    for name, a, b in zip(expected._fields, actual, expected, strict=True):
-        spread = max(float(np.ptp(b)), 1.0)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * spread, err_msg=name)
-
-
-def differ(a, b) -> bool:
-    return float(np.abs(a.pred_masks - b.pred_masks).max()) > 1e-3 * float(np.ptp(b.pred_masks))
-
-
-# ------------------------------------------------------------------------------ concept prompts
-
-
-def test_raw_outputs_are_the_models(predictor, params, config, image):
-    """Against the model itself, without the predictor's padding, caching and prompt code."""
-    raw = predictor.predict_raw(text="coffee cup", boxes=[BOX, OTHER], box_labels=[1, 0])
+@pytest.fixture(scope="module")
+def reference(image) -> tuple[RawOutput, ClickOutput]:
+    """What the model itself says to a concept prompt and a click; none of the predictor's code."""
+    config = tiny_predictor.config()
     side, (height, width) = config.image_size, image.shape[:2]
-
-    def apply(*args, method):
-        return Sam3(config).apply({"params": params}, *args, method=method)
-
-    features = apply(to_model_input(image, (side, side))[None], method="encode_image")
-    text = apply(default_tokenizer()(["coffee cup"], 32), method="encode_text")
-    corners = np.asarray([BOX, OTHER]) / (width, height, width, height)
+    corners = np.asarray(TWO) / (width, height, width, height)
     boxes = np.concatenate(
         [(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1
     )
@@ -89,16 +65,49 @@ def test_raw_outputs_are_the_models(predictor, params, config, image):
         box_labels=jnp.asarray([[1, 0]]),
         box_mask=jnp.ones((1, 2), bool),
     )
-    index = jnp.zeros(1, jnp.int32)
-    out = apply(features.detector, text, geometry, index, index, method="ground")
-    expected = programs.RawOutput(*(getattr(out, f)[0] for f in raw._fields))
-    assert_same(raw, expected)
-    queries, low = config.decoder.num_queries, 4 * side // 14
-    assert raw.pred_logits.shape == (queries,)
-    assert raw.pred_boxes.shape == (queries, 4)
+    rows = np.concatenate([np.reshape(BOX, (2, 2)), POINTS]) * (side / width, side / height)
+    click = empty_click(1, 4, (4 * side // 14,) * 2)._replace(
+        points=jnp.asarray(rows[None], jnp.float32), labels=jnp.asarray([[2, 3, 1, 0]])
+    )
+
+    @jax.jit
+    def run(params: dict, pixels: Array, ids: Array) -> tuple[GroundOutput, ClickOutput]:
+        model = Sam3(config).bind({"params": params})
+        features, text = model.encode_image(pixels), model.encode_text(ids)
+        index = jnp.zeros(1, jnp.int32)
+        found = model.ground(features.detector, text, geometry, index, index)
+        return found, model.click(features.tracker, click, index)
+
+    pixels, ids = to_model_input(image, (side, side)), default_tokenizer()(["coffee cup"], 32)
+    found, clicked = jax.device_get(run(tiny_predictor.params(), pixels[None], ids))
+    return RawOutput(*(getattr(found, f)[0] for f in RawOutput._fields)), clicked
+
+
+def assert_same(actual: NamedTuple, expected: NamedTuple, tolerance: float = 1e-5) -> None:
+    """Fields agree to ``tolerance`` of the spread: another batch size adds in another order."""
+    for name, a, b in zip(expected._fields, actual, expected, strict=True):
+        if b.dtype == bool:  # a logit that is 0 up to rounding may fall on either side
+            assert (a != b).mean() <= 1e-4, name
+        else:
+            atol = tolerance * max(float(np.ptp(b)), 1.0)
+            np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
+
+
+def differ(a: RawOutput, b: RawOutput) -> bool:
+    return float(np.abs(a.pred_masks - b.pred_masks).max()) > 1e-3 * float(np.ptp(b.pred_masks))
+
+
+# ------------------------------------------------------------------------------ concept prompts
+
+
+def test_raw_outputs_are_the_models(predictor, reference):
+    raw = predictor.predict_raw(text="coffee cup", boxes=TWO, box_labels=[1, 0])
+    assert_same(raw, reference[0])
+    assert raw.pred_logits.shape == (12,)
+    assert raw.pred_boxes.shape == (12, 4)
     assert np.shape(raw.presence_logits) == ()
-    assert raw.pred_masks.shape == (queries, low, low)
-    assert raw.semantic_seg.shape == (low, low)
+    assert raw.pred_masks.shape == (12, 32, 32)
+    assert raw.semantic_seg.shape == (32, 32)
 
 
 def test_detections_are_the_raw_outputs_above_the_threshold(predictor, image):
@@ -126,59 +135,56 @@ def test_detections_are_the_raw_outputs_above_the_threshold(predictor, image):
     np.testing.assert_array_equal(found.masks[clear], (logits > 0)[clear])
 
 
-def test_thresholds_keep_nothing_or_everything(predictor, config, image):
+def test_thresholds_keep_nothing_or_everything(predictor, image):
     nothing = predictor.predict(text="cup", threshold=1.0)
     assert nothing.masks.shape == (0, *image.shape[:2])
     assert nothing.boxes.shape == (0, 4)
     everything = predictor.predict(text="cup", threshold=0.0)
-    assert len(everything.scores) == config.decoder.num_queries
+    assert len(everything.scores) == 12
     assert (np.diff(everything.scores) <= 0).all()
 
 
 def test_no_text_means_the_phrase_visual(predictor):
-    assert_same(predictor.predict_raw(boxes=[BOX]), predictor.predict_raw("visual", [BOX]))
+    assert_same(predictor.predict_raw(boxes=TWO), predictor.predict_raw("visual", TWO), 0.0)
 
 
 def test_every_part_of_a_prompt_matters(predictor):
-    base = predictor.predict_raw("cup", [BOX])
-    assert differ(predictor.predict_raw("plate", [BOX]), base)
-    assert differ(predictor.predict_raw("cup", [OTHER]), base)
-    assert differ(predictor.predict_raw("cup", [BOX], [0]), base)
+    base = predictor.predict_raw("cup", TWO, [1, 1])
+    assert differ(predictor.predict_raw("plate", TWO), base)
+    assert differ(predictor.predict_raw("cup", [BOX, (5, 5, 20, 30)]), base)
+    assert differ(predictor.predict_raw("cup", TWO, [1, 0]), base)
     assert differ(predictor.predict_raw("cup"), base)
-    assert_same(predictor.predict_raw("cup", [BOX], [1]), base)  # the default label
-    assert_same(predictor.predict_raw("cup", [BOX], [True]), base)
+    assert_same(predictor.predict_raw("cup", TWO), base, 0.0)  # the default labels
+    assert_same(predictor.predict_raw("cup", TWO, [True, True]), base, 0.0)
 
 
 def test_order_of_boxes_does_not_matter(predictor):
-    a = predictor.predict_raw("cup", [BOX, OTHER], [1, 0])
-    assert_same(predictor.predict_raw("cup", [OTHER, BOX], [0, 1]), a)
+    a = predictor.predict_raw("cup", TWO, [1, 0])
+    assert_same(predictor.predict_raw("cup", TWO[::-1], [0, 1]), a)
 
 
 def test_a_prompt_alone_or_in_company_gives_the_same(predictor):
-    """Seven prompts: more than a group, padded prompts, boxes padded to those of others."""
+    """Seven prompts: two groups, the second padded, boxes padded to those of others."""
     asked = [
         Prompt("cup"),
-        Prompt("saucer", [BOX]),
-        Prompt(None, [OTHER, BOX], [1, 0]),
-        Prompt("spoon", [BOX, OTHER, BOX, OTHER, BOX], [1, 1, 0, 0, 1]),
+        Prompt("saucer", TWO),
+        Prompt(None, [*TWO, BOX], [1, 0, 1]),
+        Prompt("spoon", [*TWO, *TWO], [1, 1, 0, 0]),
         Prompt("cup"),
         Prompt("table"),
-        Prompt("saucer", [BOX], [0]),
+        Prompt("saucer", TWO, [0, 1]),
     ]
     together = predictor.predict_many(asked, threshold=0.0)
     for prompt, found in zip(asked, together, strict=True):
         (alone,) = predictor.predict_many([prompt], threshold=0.0)
-        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
-        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-5 * 200)
-        # A logit that is 0 up to rounding may fall on either side.
-        assert (found.masks != alone.masks).mean() < 1e-4
-    assert not np.allclose(together[0].scores, together[1].scores, atol=1e-4)
+        assert_same(found, alone)
+    assert not np.allclose(together[0].scores, together[5].scores, atol=1e-4)
 
 
 def test_order_of_prompts_does_not_matter(predictor):
     phrases = ["cup", "saucer", "spoon"]
-    forward = predictor.predict_raw(phrases)
-    backward = predictor.predict_raw(phrases[::-1])
+    forward = predictor.predict_raw(phrases, TWO)
+    backward = predictor.predict_raw(phrases[::-1], TWO)
     for a, b in zip(forward, backward[::-1], strict=True):
         assert_same(a, b)
     assert isinstance(forward, list)
@@ -187,26 +193,28 @@ def test_order_of_prompts_does_not_matter(predictor):
 
 def test_encoded_text_is_accepted(predictor):
     features = predictor.encode_text("cup")
-    assert_same(predictor.predict_raw(features), predictor.predict_raw("cup"))
-    both = predictor.predict_raw([features, "plate"])
-    assert_same(both[1], predictor.predict_raw("plate"))
+    assert_same(predictor.predict_raw(features), predictor.predict_raw("cup"), 0.0)
+    mixed = predictor.predict_raw([features, "plate", features], TWO)
+    assert_same(mixed[1], predictor.predict_raw("plate", TWO))
 
 
-def test_phrases_are_encoded_once_and_forgotten_in_time(params, config, image, monkeypatch):
-    predictor = ImagePredictor(params, config, dtype="float32")
-    predictor.set_image(image)
+def test_phrases_are_encoded_once_and_forgotten_in_time(predictor, monkeypatch):
     encoded = []
-    run = predictor._run
-    text = lambda params, ids: encoded.append(ids) or run.text(params, ids)  # noqa: E731
-    predictor._run = run._replace(text=text)
+    text = predictor._run.text
+
+    def counted(params: dict, ids: np.ndarray) -> TextFeatures:
+        encoded.append(ids)
+        return text(params, ids)
+
+    monkeypatch.setattr(predictor, "_run", predictor._run._replace(text=counted))
     monkeypatch.setattr("sam3_jax.inference.image.PHRASES_KEPT", 2)
+    predictor._phrases.clear()
     for phrase in ("a", "b", "a", "c", "a", "b"):  # c drops b, not a: a was used later
         predictor.encode_text(phrase)
     assert len(encoded) == 4
 
 
 def test_sources_of_an_image_agree(predictor, image, tmp_path):
-    """Last of its kind: it sets the image, to the same pixels."""
     expected = predictor.predict_raw("cup")
     PIL.Image.fromarray(image).save(tmp_path / "image.png")
     for source in (tmp_path / "image.png", str(tmp_path / "image.png"), PIL.Image.fromarray(image)):
@@ -228,35 +236,16 @@ def test_a_bad_image_leaves_the_one_before(predictor, image, tmp_path):
 # --------------------------------------------------------------------------------------- clicks
 
 
-def test_clicks_are_the_models(predictor, params, config, image):
-    """Against the model itself: scaling, box before points, holes, clamping."""
-    points, labels = [(50.0, 60.0), (150.0, 20.0)], [1, 0]
-    side, (height, width) = config.image_size, image.shape[:2]
-    scale = np.asarray([side / width, side / height])
-
-    def apply(*args, method):
-        return Sam3(config).apply({"params": params}, *args, method=method)
-
-    features = apply(to_model_input(image, (side, side))[None], method="encode_image")
-    low = 4 * side // 14
-    rows = np.concatenate([np.reshape(BOX, (2, 2)), points]) * scale
-    prompt = ClickPrompt(
-        points=jnp.asarray(rows[None], jnp.float32),
-        labels=jnp.asarray([[2, 3, *labels]]),
-        mask_input=jnp.zeros((1, low, low)),
-        has_mask=jnp.zeros(1, bool),
-    )
-    out = apply(features.tracker, prompt, jnp.zeros(1, jnp.int32), method="click")
+def test_clicks_are_the_models(predictor, reference, image):
+    """Scaling, a box before points, clamping."""
     for multimask, count in ((True, 3), (False, 1)):
-        masks, iou = select_masks(out, config.sam, multimask=multimask)
-        result = predictor.predict_points(points, labels, box=BOX, multimask=multimask)
-        assert result.masks.shape == (count, height, width)
-        assert result.low_res_logits.shape == (count, low, low)
-        spread = float(np.ptp(masks))
+        masks, iou = select_masks(reference[1], predictor.config.sam, multimask=multimask)
+        result = predictor.predict_points(POINTS, [1, 0], box=BOX, multimask=multimask)
+        assert result.masks.shape == (count, *image.shape[:2])
+        assert result.low_res_logits.shape == (count, 32, 32)
         np.testing.assert_allclose(result.iou, iou[0], atol=1e-5)
-        np.testing.assert_allclose(
-            result.low_res_logits, np.clip(masks[0], -32, 32), atol=1e-5 * spread
-        )
+        atol = 1e-5 * float(np.ptp(masks))
+        np.testing.assert_allclose(result.low_res_logits, np.clip(masks[0], -32, 32), atol=atol)
 
 
 def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
@@ -273,12 +262,9 @@ def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
 
 
 def test_padding_of_points_does_not_matter(predictor, monkeypatch):
-    points, labels = [(50, 60), (150, 20), (20, 100)], [1, 0, 1]
-    expected = predictor.predict_points(points, labels)
-    monkeypatch.setattr(prompts, "POINT_BUCKETS", (3, 16))
-    assert_same(predictor.predict_points(points, labels), expected)
+    expected = predictor.predict_points(POINTS, [1, 0], box=BOX)
     monkeypatch.setattr(prompts, "POINT_BUCKETS", (16,))
-    assert_same(predictor.predict_points(points, labels), expected)
+    assert_same(predictor.predict_points(POINTS, [1, 0], box=BOX), expected)
 
 
 def test_every_part_of_a_click_matters(predictor):
@@ -301,16 +287,16 @@ def test_every_part_of_a_click_matters(predictor):
     assert len(logits([(50, 60)], multimask=False)) == 1
 
 
-def test_pyramids_are_made_once_and_only_when_needed(params, config, image):
-    predictor = ImagePredictor(params, config, dtype="float32")
+def test_pyramids_are_made_once_and_only_when_needed(predictor, image, monkeypatch):
     calls = []
 
-    def counted(name):
+    def counted(name: str):
         function = getattr(predictor._run, name)
         return lambda *args: calls.append(name) or function(*args)
 
     names = ("trunk", "detector_levels", "tracker_levels")
-    predictor._run = predictor._run._replace(**{name: counted(name) for name in names})
+    run = predictor._run._replace(**{name: counted(name) for name in names})
+    monkeypatch.setattr(predictor, "_run", run)
     predictor.set_image(image)
     assert calls == ["trunk"]
     predictor.predict("cup")
@@ -326,12 +312,12 @@ def test_pyramids_are_made_once_and_only_when_needed(params, config, image):
 
 def test_nothing_compiles_again_within_a_bucket(predictor):
     ground, click = predictor._run.ground, predictor._run.click
-    predictor.predict(["a", "b", "c"], [BOX] * 2)
-    predictor.predict_points([(3, 3)] * 3)
+    predictor.predict(["a", "b", "c"], TWO)
+    predictor.predict_points(POINTS, box=BOX)
     before = ground._cache_size(), click._cache_size()
-    predictor.predict(["d", "e", "f", "g"], [BOX] * 4)
-    predictor.predict_many([Prompt("a", [BOX] * 3), Prompt("b"), Prompt("c")], threshold=0.1)
-    predictor.predict_points([(3, 3), (4, 4)], box=BOX, mask_input=np.zeros((32, 32)))
+    predictor.predict(["d", "e", "f", "g"], [*TWO, *TWO])
+    predictor.predict_many([Prompt("a", [*TWO, BOX]), Prompt("b"), Prompt("c")], threshold=0.1)
+    predictor.predict_points([*POINTS, (4, 4)], mask_input=np.zeros((32, 32)))
     assert (ground._cache_size(), click._cache_size()) == before
 
 
@@ -372,32 +358,39 @@ print(jax.config.jax_compilation_cache_dir)
     assert not (tmp_path / "c").exists()
 
 
-def test_several_devices_equal_one(params, config, image, predictor):
-    spread = ImagePredictor(params, config, dtype="float32", mesh=make_mesh(tensor=4, data=2))
+def test_several_devices_equal_one(predictor, image):
+    mesh = make_mesh(data=1, tensor=3, devices=jax.devices()[:3])  # 3 heads in the tiny trunk
+    params, config = tiny_predictor.params(), tiny_predictor.config()
+    spread = ImagePredictor(params, config, dtype="float32", mesh=mesh)
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(spread._params))
     spread.set_image(image)
-    assert_same(
-        spread.predict_raw("cup", [BOX]), predictor.predict_raw("cup", [BOX]), tolerance=1e-4
-    )
-    a, b = (p.predict_points([(50, 60)]) for p in (spread, predictor))
-    assert_same(a._replace(masks=0), b._replace(masks=0), tolerance=1e-4)
-    sharded = [leaf for leaf in jax.tree.leaves(spread._params) if not leaf.is_fully_replicated]
-    assert sharded
+    click = {"points": POINTS, "labels": [1, 0], "box": BOX}
+    assert_same(spread.predict_points(**click), predictor.predict_points(**click))
 
 
-def test_compute_dtypes(params, config, image):
-    assert programs.compute_dtype("auto") == jnp.dtype(
-        "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    )
-    assert programs.compute_dtype(jnp.bfloat16) == jnp.dtype("bfloat16")
+def test_compute_dtypes():
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    assert compute_dtype("auto") == jnp.dtype(auto)
+    assert compute_dtype(jnp.bfloat16) == compute_dtype("bfloat16") == jnp.dtype("bfloat16")
     for wrong in ("float16", "half", "nonsense", None, 3):
         with pytest.raises(ValueError, match="auto, bfloat16, float32"):
-            programs.compute_dtype(wrong)
-    predictor = ImagePredictor(params, config, dtype="bfloat16")
-    predictor.set_image(image)
-    raw = predictor.predict_raw("cup")
-    assert all(np.asarray(field).dtype == np.float32 for field in raw)
-    result = predictor.predict_points([(50, 60)])
-    assert result.low_res_logits.dtype == result.iou.dtype == np.float32
+            compute_dtype(wrong)
+
+
+def test_bfloat16_is_used_inside_and_float32_comes_out():
+    params, config = tiny_predictor.params(), tiny_predictor.config()
+    run = ImagePredictor(params, config, dtype="bfloat16")._run
+    shape = jax.eval_shape  # nothing is compiled
+    trunk = shape(run.trunk, params, np.zeros((1, 112, 112, 3), np.float32))
+    text = shape(run.text, params, np.zeros((1, 32), np.int32))
+    levels = shape(run.detector_levels, params, trunk)
+    for inside in (trunk, text.tokens, *levels):
+        assert inside.dtype == jnp.bfloat16
+    out = shape(run.ground, params, levels, [text], prompts.pad_geometry([Prompt("a")], (9, 9), 1))
+    assert {leaf.dtype for leaf in out} == {jnp.dtype("float32")}
+    click = empty_click(1, 1, (32, 32))
+    out = shape(run.click, params, shape(run.tracker_levels, params, trunk), click)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("float32")}
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -446,8 +439,8 @@ def test_bad_clicks(predictor, arguments, message):
         predictor.predict_points(**arguments)
 
 
-def test_order_of_calls(params, config):
-    predictor = ImagePredictor(params, config)
+def test_order_of_calls(predictor, monkeypatch):
+    monkeypatch.setattr(predictor, "_encoded", None)
     for call in (
         lambda: predictor.predict("cup"),
         lambda: predictor.predict_raw("cup"),

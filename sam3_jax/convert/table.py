@@ -52,7 +52,9 @@ def _embedding(source: str, target: str) -> Iterator[Row]:
 
 
 def _fused_attention(
-    source: str, target: str, qkv: tuple[str, str] = (".in_proj_weight", ".in_proj_bias"),
+    source: str,
+    target: str,
+    qkv: tuple[str, str] = (".in_proj_weight", ".in_proj_bias"),
     out: str = "out_proj",
 ) -> Iterator[Row]:
     """``nn.MultiheadAttention`` and the ViT's: q, k, v in one matrix."""
@@ -300,7 +302,7 @@ def unused_names(config: ModelConfig) -> list[str]:
 
 
 def source_shape(row: Row, shapes: list[Shape]) -> Shape:
-    """Shape that the source must have, from those of its targets. ``pos_embed``: without class row."""
+    """Shape of the source, from those of its targets (``pos_embed``: without the class row)."""
     shape = shapes[0]
     if row.kind == "linear":
         flat: Shape = (math.prod(shape[1:]), shape[0])

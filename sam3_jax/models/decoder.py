@@ -1,4 +1,6 @@
-"""Object decoder with box refinement and presence token (paper section 3; upstream ``sam3/model/decoder.py``).
+"""Object decoder with box refinement and presence token (paper section 3).
+
+Upstream: ``sam3/model/decoder.py``.
 
 Post-norm layers: self-attention, cross-attention to the prompt, cross-attention to the image with
 a bias relative to each query's box, feed-forward. With DAC (training) every query has a one-to-many

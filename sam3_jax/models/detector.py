@@ -1,4 +1,6 @@
-"""SAM 3: backbones, detector and tracker behind four entry points (upstream ``sam3/model/sam3_image.py``).
+"""SAM 3: backbones, detector and tracker behind four entry points.
+
+Upstream: ``sam3/model/sam3_image.py``.
 
 ``encode_image`` and ``encode_text`` run once an image and once a phrase; ``ground`` (concept
 prompts) and ``click`` (points, box, mask) pair their outputs by index. All are pure functions of
@@ -153,7 +155,7 @@ class Sam3(nn.Module):
     def click(
         self, levels: Levels, prompt: ClickPrompt, image_index: Int[Array, " p"]
     ) -> ClickOutput:
-        """Segments the objects that P point/box/mask prompts point at, on the tracker's pyramids."""
+        """Segments what P point, box or mask prompts mean, on the tracker's pyramids."""
         return self.tracker.click(levels, prompt, image_index)
 
     def touch(self, pixels: Float[Array, "b hp wp 3"], token_ids: Int[Array, "t n"]) -> None:

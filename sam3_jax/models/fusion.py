@@ -1,4 +1,7 @@
-"""Fusion encoder: image tokens read the prompt (paper section 3; upstream ``sam3/model/encoder.py``)."""
+"""Fusion encoder: image tokens read the prompt (paper section 3).
+
+Upstream: ``sam3/model/encoder.py``.
+"""
 
 from __future__ import annotations
 

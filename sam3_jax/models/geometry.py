@@ -1,4 +1,6 @@
-"""Geometry encoder: points, boxes and masks as concept prompts (upstream ``sam3/model/geometry_encoders.py``).
+"""Geometry encoder: points, boxes and masks as concept prompts.
+
+Upstream: ``sam3/model/geometry_encoders.py``.
 
 Token order: points, boxes, class token, mask tokens. The class token is always there, so that a
 prompt without geometry still has one token.

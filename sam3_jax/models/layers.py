@@ -367,7 +367,9 @@ class CrossAttentionLayer(nn.Module):
         memory_mask: Bool[Array, "b m"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b n d"]:
-        """``pos`` is added to the self-attention's queries and keys, ``memory_pos`` to the cross-attention's keys."""
+        """``pos``: added to queries and keys of self-attention; ``memory_pos``: to the keys of
+        cross-attention.
+        """
 
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
@@ -398,7 +400,7 @@ class CrossAttentionLayer(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """ConvNeXt block, depthwise 7x7, LayerNorm eps 1e-6 (upstream ``CXBlock``, ``model/memory.py``)."""
+    """ConvNeXt block, depthwise 7x7 (upstream ``CXBlock`` in ``sam3/model/memory.py``)."""
 
     dim: int
     dtype: jnp.dtype = jnp.float32

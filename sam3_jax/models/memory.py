@@ -1,5 +1,7 @@
-"""Memory of the tracker: mask encoder and memory attention (upstream ``sam3/model/memory.py``,
-``TransformerEncoderCrossAttention`` in ``sam3/model/decoder.py``, ``RoPEAttention`` in ``sam3/sam/transformer.py``).
+"""Memory of the tracker: mask encoder and memory attention.
+
+Upstream: ``sam3/model/memory.py``, ``TransformerEncoderCrossAttention`` in
+``sam3/model/decoder.py``, ``RoPEAttention`` in ``sam3/sam/transformer.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class MaskDownsampler(nn.Module):
 
 
 class FusedMaskEncoder(nn.Module):
-    """Image map plus mask, mixed by ConvNeXt blocks (upstream ``SimpleMaskEncoder``, ``FusedMaskEncoder``)."""
+    """Image map plus mask, mixed by ConvNeXt blocks (upstream ``SimpleMaskEncoder``)."""
 
     dim: int
     out_dim: int

@@ -178,7 +178,7 @@ class MaskDecoder(nn.Module):
         points: Float[Array, "p n d"],
         point_mask: Bool[Array, "p n"],
     ) -> ClickOutput:
-        """Args: ``image``: stride-14 map plus dense prompt; ``fine``, ``middle``: projected levels."""
+        """``image``: stride-14 map plus dense prompt; ``fine``, ``middle``: projected levels."""
         prompts, height, width = image.shape[:3]
         own = jnp.concatenate([self.object_token(), self.iou_token(), self.mask_tokens()])
         own = jnp.broadcast_to(own, (prompts, *own.shape))

@@ -1,4 +1,7 @@
-"""Dot-product scoring of queries against the mean prompt (upstream ``DotProductScoring``, ``sam3/model/model_misc.py``)."""
+"""Dot-product scoring of queries against the mean prompt.
+
+Upstream: ``DotProductScoring`` in ``sam3/model/model_misc.py``.
+"""
 
 from __future__ import annotations
 

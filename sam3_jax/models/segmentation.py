@@ -28,7 +28,7 @@ class SegmentationHead(nn.Module):
         prompt: Float[Array, "p m d"],
         prompt_mask: Bool[Array, "p m"],
     ) -> tuple[Float[Array, "p q h w"], Float[Array, "p h w"]]:
-        """Args: ``levels`` finest first, one pyramid a prompt; ``memory``: the coarsest level, fused.
+        """Args: ``levels``: one pyramid a prompt; ``memory``: its coarsest level, fused.
 
         Returns instance mask logits and semantic logits, float32.
         """

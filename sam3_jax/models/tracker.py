@@ -1,4 +1,6 @@
-"""Tracker: interactive head, object pointers and memory (paper section 3; upstream ``sam3/model/sam3_tracker_base.py``).
+"""Tracker: interactive head, object pointers and memory (paper section 3).
+
+Upstream: ``sam3/model/sam3_tracker_base.py``.
 
 On single images only the interactive head runs; the memory parts have their parameters here and
 serve video.
@@ -79,12 +81,12 @@ class Tracker(nn.Module):
     def object_pointer(
         self, token: Float[Array, "p d"], object_logits: Float[Array, " p"]
     ) -> Float[Array, "p d"]:
-        """Pointer of a mask token; the no-object pointer where the object is absent (logit <= 0)."""
+        """Pointer of a mask token; the no-object pointer where the logit is <= 0."""
         present = (object_logits > 0)[:, None]
         return jnp.where(present, self.pointer_head(token), self.no_object_pointer)
 
     def touch(self, coarse: Float[Array, "b h w d"]) -> None:
-        """Calls the parts that single images do not use, so that ``init`` makes their parameters."""
+        """Calls what single images do not use, so that ``init`` makes its parameters."""
         batch, height, width = coarse.shape[:3]
         cfg = self.config
         mask = jnp.zeros((batch, 16 * height, 16 * width, 1))

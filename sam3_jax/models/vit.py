@@ -1,4 +1,7 @@
-"""ViT trunk with windowed and global attention (paper section 3; upstream ``sam3/model/vitdet.py``)."""
+"""ViT trunk with windowed and global attention (paper section 3).
+
+Upstream: ``sam3/model/vitdet.py``.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def _divisors(dim: int, temperature: float) -> np.ndarray:
 def sine(
     x: Float[Array, "*n"], dim: int, *, scale: float = 2 * math.pi, temperature: float = 10000.0
 ) -> Float[Array, "*n d"]:
-    """Encodes numbers (positions in [0, 1]) as ``dim`` interleaved sines and cosines, in float32."""
+    """Encodes positions in [0, 1] as ``dim`` interleaved sines and cosines, in float32."""
     angle = x.astype(jnp.float32)[..., None] * scale / _divisors(dim, temperature)
     both = jnp.stack([jnp.sin(angle[..., 0::2]), jnp.cos(angle[..., 1::2])], axis=-1)
     return both.reshape(*x.shape, dim)

@@ -1,4 +1,6 @@
-"""Axial rotary positions (upstream ``compute_axial_cis`` in ``sam3/model/vitdet.py``, ``sam/rope.py``).
+"""Axial rotary positions.
+
+Upstream: ``compute_axial_cis`` in ``sam3/model/vitdet.py``, ``sam3/sam/rope.py``.
 
 Pairs of neighbouring channels are rotated; the first half of the pairs by the column (x), the
 second by the row (y). The tables are recomputed, never loaded: the complex tables that checkpoints

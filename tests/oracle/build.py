@@ -24,7 +24,7 @@ from transformers.models.sam3 import modeling_sam3
 
 from sam3_jax import config as jax_config
 
-from .roi_align import roi_align
+from .roi import roi_align
 
 # HF reaches RoIAlign through this module global only.
 modeling_sam3.torchvision = types.SimpleNamespace(ops=types.SimpleNamespace(roi_align=roi_align))

@@ -2,7 +2,7 @@
 
 With a CPU build of torch the binary part of torchvision may be missing, and then its Python part
 fails at import time because it registers shape functions for operators nobody defined. Defining
-the bare schemas lets it finish; the operators themselves stay unusable, see ``roi_align.py``.
+the bare schemas lets it finish; the operators themselves stay unusable, see ``roi.py``.
 """
 
 from __future__ import annotations

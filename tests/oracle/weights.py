@@ -81,7 +81,7 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 @torch.no_grad()
 def fill(tensor: torch.Tensor, name: str, key: str, seed: int) -> None:
-    """Fills a tensor in place. ``name`` chooses the scale, ``key`` (and no neighbour) the values."""
+    """Fills a tensor in place; ``name`` chooses the scale, ``key`` and ``seed`` the values."""
     mean, std = scale_of(name, tuple(tensor.shape))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{key}".encode()))
     tensor.normal_(mean, std, generator=generator)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import Sam3TrackerModel
 
-from .detector import Outputs, encode_image, to_numpy
+from .detection import Outputs, encode_image, to_numpy
 
 
 class ClickImage(NamedTuple):
