@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-Levels = tuple[Float[Array, "b h w d"], ...]  # feature pyramid, finest level first
+Levels = tuple[Float[Array, "_ _ _ _"], ...]  # pyramid of (batch, height, width, dim), finest first
 
 
 class ImageFeatures(NamedTuple):

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle.torch_import import import_torchvision
 from PIL import Image
 from skimage import data as photographs
 
+from oracle.torch_import import import_torchvision
 from sam3_jax.data.images import ImageError, load_image, normalize, resize_image, to_model_input
 
 NATIVE_UINT8 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or (

@@ -7,27 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 import skimage.data
 from pycocotools.coco import COCO
-from sam3_jax.checkpoint import CheckpointError
 
-from sam3_jax import config as configs
+import tiny_predictor
+from sam3_jax import checkpoint
+from sam3_jax.checkpoint import CheckpointError
 from sam3_jax.inference import batch, cli, files
 from sam3_jax.inference.image import ImagePredictor
-from sam3_jax.models.detector import init_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
+BOXES = [(30.0, 20.0, 120.0, 90.0), (10.0, 10.0, 40.0, 40.0)]
+BOX_ARGUMENTS = ("--box", "30,20,120,90", "--box", "10,10,40,40,-")
+
+
+@pytest.fixture
 def predictor() -> ImagePredictor:
-    config = configs.tiny()
-    params = jax.tree.map(lambda leaf: leaf * 1.5, init_params(config, jax.random.key(0)))
-    return ImagePredictor(params, config, dtype="float32")
+    return tiny_predictor.predictor()
 
 
 @pytest.fixture
@@ -60,11 +61,11 @@ def results(tmp_path: Path) -> dict:
 
 def test_pictures_become_overlays_and_results(run, photos, tmp_path, capsys, predictor):
     a, b = photos / "a" / "photo.jpg", photos / "b" / "photo.jpg"
-    arguments = ("--prompt", "cup", "cat", "cup", "--threshold", "0.05")
-    assert run("--input", a, b, *arguments) == 0
+    arguments = ("--prompt", "cup", "cat", "cup", "--prompt", "rug", "--threshold", "0.05")
+    assert run("--input", a, b, *arguments, *BOX_ARGUMENTS) == 0
     data = results(tmp_path)
     assert [image["file_name"] for image in data["images"]] == [a.as_posix(), b.as_posix()]
-    assert [c["name"] for c in data["categories"]] == ["cup", "cat"]
+    assert [c["name"] for c in data["categories"]] == ["cup", "cat", "rug"]
     assert data["info"]["threshold"] == 0.05
     names = [image["overlay"] for image in data["images"]]
     assert names == ["photo_overlay.png", "photo_2_overlay.png"]
@@ -76,7 +77,7 @@ def test_pictures_become_overlays_and_results(run, photos, tmp_path, capsys, pre
 
     # The file holds what the predictor finds.
     predictor.set_image(b)
-    found = predictor.predict("cat", threshold=0.05)
+    found = predictor.predict("cat", BOXES, [1, 0], threshold=0.05)
     coco = COCO(str(tmp_path / "out" / "results.json"))
     stored = coco.loadAnns(coco.getAnnIds(imgIds=2, catIds=2))
     assert len(stored) == len(found.scores) > 0
@@ -103,14 +104,12 @@ def test_a_broken_picture_does_not_end_the_run(run, photos, tmp_path, capsys):
 
 def test_boxes_alone_search_for_what_they_show(run, photos, tmp_path, predictor):
     a = photos / "a" / "photo.jpg"
-    boxes = ("--box", "30,20,120,90", "--box", "10,10,40,40,-", "--threshold", "0")
-    assert run("--input", a, *boxes) == 0
+    assert run("--input", a, *BOX_ARGUMENTS, "--threshold", "0") == 0
     data = results(tmp_path)
     assert [c["name"] for c in data["categories"]] == ["visual"]
     assert data["info"]["boxes"] == [[30, 20, 120, 90, "+"], [10, 10, 40, 40, "-"]]
     predictor.set_image(a)
-    boxes = [(30, 20, 120, 90), (10, 10, 40, 40)]
-    found = predictor.predict(boxes=boxes, box_labels=[1, 0], threshold=0)
+    found = predictor.predict(boxes=BOXES, box_labels=[1, 0], threshold=0.0)
     np.testing.assert_allclose([s["score"] for s in data["annotations"]], found.scores, atol=1e-6)
 
 
@@ -118,7 +117,7 @@ def test_a_box_outside_one_picture_fails_that_picture(run, photos, tmp_path):
     big = tmp_path / "big.png"
     PIL.Image.fromarray(skimage.data.astronaut()).save(big)
     files_ = ("--input", photos / "a" / "photo.jpg", big)
-    assert run(*files_, "--prompt", "x", "--box", "400,300,500,400") == 1
+    assert run(*files_, "--prompt", "x", "--box", "400,300,500,400", "9,9,500,400") == 1
     data = results(tmp_path)
     assert [image["status"] for image in data["images"]] == ["error", "ok"]
     assert "outside the image" in data["images"][0]["error"]
@@ -199,15 +198,32 @@ def test_overlay_names_never_collide():
 
 
 def test_help_comes_at_once_and_teaches():
-    code = "import sys; sys.argv[1:] = ['--help']; import runpy; runpy.run_path('infer.py')"
-    code = f"try:\n exec({code!r})\nfinally:\n import sys; print('jax' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert "usage:" not in done.stderr
-
-    done = subprocess.run(
-        [sys.executable, "infer.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    code = "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_path('infer.py', {}, "
+    code += "'__main__')\nfinally: print('jax' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
     assert "examples:" in done.stdout
     assert '--prompt "cat"' in done.stdout
+
+
+def test_the_program_runs_from_a_checkpoint(photos, tmp_path):
+    """Nothing replaced: a saved checkpoint, a process of its own, every exit status."""
+    checkpoint.save(tmp_path / "ckpt", tiny_predictor.params(), tiny_predictor.config())
+    command = [sys.executable, "infer.py", "--checkpoint", tmp_path / "ckpt", "--prompt", "cup"]
+    command += ["--threshold", "0.02", "--output", tmp_path / "out", "--input", photos / "a"]
+
+    def run(*more: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+
+    done = run(photos / "broken.jpg")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("1 of 2 pictures, ")
+    assert "failed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    predictor = tiny_predictor.predictor()
+    predictor.set_image(photos / "a" / "photo.jpg")
+    found = predictor.predict("cup", threshold=0.02)
+    stored = results(tmp_path)["annotations"]
+    np.testing.assert_allclose([s["score"] for s in stored], found.scores, atol=1e-5)
+    assert run("--dtype", "float16").returncode == 2

@@ -34,6 +34,7 @@ class Row(NamedTuple):
 
 
 POS_EMBED = "detector.backbone.vision_backbone.trunk.pos_embed"
+_POS_EMBED_PARAM = "vision/trunk/pos_embed"
 CLASS_ROW = POS_EMBED + "[:, :1]"  # name under which its unused first row is kept
 
 
@@ -79,7 +80,7 @@ def _vision(config: ModelConfig) -> Iterator[Row]:
     source, target = "detector.backbone.vision_backbone", "vision"
     trunk = f"{source}.trunk"
     yield Row(f"{trunk}.patch_embed.proj.weight", ("vision/trunk/patch_embed/kernel",), "conv")
-    yield Row(POS_EMBED, ("vision/trunk/pos_embed",), "copy", (0,))
+    yield Row(POS_EMBED, (_POS_EMBED_PARAM,), "copy", (0,))
     yield from _norm(f"{trunk}.ln_pre", "vision/trunk/norm_pre")
     for i in range(config.vision.depth):
         s, t = f"{trunk}.blocks.{i}", f"vision/trunk/block_{i}"
@@ -197,10 +198,10 @@ def _heads(config: ModelConfig) -> Iterator[Row]:
 
 
 def _memory(config: ModelConfig) -> Iterator[Row]:
-    yield Row("tracker.maskmem_tpos_enc", ("tracker/memory_time_embed",), "copy", (1, 2))
-    yield Row("tracker.no_mem_embed", ("tracker/no_memory_embed",), "copy", (0, 1))
-    yield Row("tracker.no_obj_ptr", ("tracker/no_object_pointer",), "copy", (0,))
-    yield Row("tracker.no_obj_embed_spatial", ("tracker/no_object_embed",), "copy", (0,))
+    yield Row("tracker.maskmem_tpos_enc", ("tracker/memory_time_embed/embedding",), "copy", (1, 2))
+    yield Row("tracker.no_mem_embed", ("tracker/no_memory_embed/embedding",), "copy", (0,))
+    yield Row("tracker.no_obj_ptr", ("tracker/no_object_pointer/embedding",), "copy")
+    yield Row("tracker.no_obj_embed_spatial", ("tracker/no_object_embed/embedding",), "copy")
     yield from _affine("tracker.mask_downsample", "tracker/mask_downsample", "conv")
     source, target = "tracker.transformer.encoder", "tracker/memory_attention"
     for i in range(config.memory.attention_depth):
@@ -310,7 +311,7 @@ def source_shape(row: Row, shapes: list[Shape]) -> Shape:
         flat = (shape[-1], math.prod(shape[:-1]))
     elif row.kind == "conv":
         flat = (shape[3], shape[2], shape[0], shape[1])
-    elif row.source == POS_EMBED:
+    elif row.targets == (_POS_EMBED_PARAM,):
         flat = (shape[0] * shape[1], shape[2])
     elif len(row.targets) > 1:
         flat = (math.prod(shape),)

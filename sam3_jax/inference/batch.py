@@ -16,7 +16,7 @@ from sam3_jax.data.images import ImageError, load_image
 from sam3_jax.inference.files import overlay_names
 from sam3_jax.inference.image import ImagePredictor
 from sam3_jax.inference.postprocess import Detections, concatenate
-from sam3_jax.inference.prompts import VISUAL, PromptError
+from sam3_jax.inference.prompts import VISUAL, Prompt, PromptError
 from sam3_jax.inference.results import CocoResults
 from sam3_jax.inference.visualize import overlay
 
@@ -61,6 +61,7 @@ def segment_files(
     signed = [[*box, "+" if label else "-"] for box, label in zip(boxes, box_labels, strict=True)]
     settings = {"threshold": threshold, "dtype": predictor.dtype.name, "boxes": signed}
     results = CocoResults(phrases or [VISUAL], {**info, **settings})
+    prompts = [Prompt(phrase, boxes, box_labels) for phrase in phrases or [None]]
     instances = failed = 0
     bar = tqdm(files, unit="picture", dynamic_ncols=True, disable=None)  # only on a terminal
     try:
@@ -69,7 +70,7 @@ def segment_files(
             try:
                 image = load_image(file)
                 predictor.set_image(image)
-                found = predictor.predict(phrases or [None], boxes, box_labels, threshold)
+                found = predictor.predict_many(prompts, threshold)
                 _draw(image, found, phrases or [""], output / name)
             except (ImageError, PromptError, OSError) as error:
                 failed += 1

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float
-from numpy.typing import ArrayLike
 
 from sam3_jax import checkpoint
 from sam3_jax.config import ModelConfig
@@ -26,7 +26,14 @@ from sam3_jax.data.images import ImageSource, load_image, to_model_input
 from sam3_jax.inference import compile_cache, postprocess
 from sam3_jax.inference.postprocess import Detections
 from sam3_jax.inference.programs import RawOutput, compile_programs, compute_dtype, take_masks
-from sam3_jax.inference.prompts import Prompt, bucket, click_prompt, pad_geometry, phrase_of
+from sam3_jax.inference.prompts import (
+    Prompt,
+    Values,
+    bucket,
+    click_prompt,
+    pad_geometry,
+    phrase_of,
+)
 from sam3_jax.models.detector import Sam3
 from sam3_jax.sharding import param_shardings
 from sam3_jax.tokenizer import default_tokenizer
@@ -109,7 +116,12 @@ class ImagePredictor:
         """
         compute_dtype(dtype)  # before the long load
         compile_cache.enable()
-        loaded = checkpoint.load(path)
+        if mesh is None:
+            device = SingleDeviceSharding(jax.devices()[0])
+            place = functools.partial(jax.tree.map, lambda _: device)
+        else:
+            place = functools.partial(param_shardings, mesh=mesh)
+        loaded = checkpoint.load(path, shardings=place)
         return cls(loaded.params, loaded.config, dtype=dtype, mesh=mesh)
 
     @property
@@ -144,8 +156,8 @@ class ImagePredictor:
     def predict(
         self,
         text: str | TextFeatures | Sequence[str | TextFeatures] | None = None,
-        boxes: ArrayLike = (),
-        box_labels: ArrayLike | None = None,
+        boxes: Values = (),
+        box_labels: Values | None = None,
         threshold: float = 0.5,
     ) -> Detections | list[Detections]:
         """Finds every instance of a concept in the image.
@@ -159,7 +171,7 @@ class ImagePredictor:
 
         Raises:
           PromptError: on an empty or impossible prompt.
-          RuntimeError: before :meth:`set_image`.
+          RuntimeError: before :meth:`set_image`, or when the checkpoint lacks the weights.
         """
         one, asked = _asked(text, boxes, box_labels)
         found = self.predict_many(asked, threshold)
@@ -188,8 +200,8 @@ class ImagePredictor:
     def predict_raw(
         self,
         text: str | TextFeatures | Sequence[str | TextFeatures] | None = None,
-        boxes: ArrayLike = (),
-        box_labels: ArrayLike | None = None,
+        boxes: Values = (),
+        box_labels: Values | None = None,
     ) -> RawOutput | list[RawOutput]:
         """The model's outputs for the prompts of :meth:`predict`, before thresholds."""
         one, asked = _asked(text, boxes, box_labels)
@@ -201,10 +213,10 @@ class ImagePredictor:
 
     def predict_points(
         self,
-        points: ArrayLike | None = None,
-        labels: ArrayLike | None = None,
-        box: ArrayLike | None = None,
-        mask_input: ArrayLike | None = None,
+        points: Values | None = None,
+        labels: Values | None = None,
+        box: Values | None = None,
+        mask_input: Values | None = None,
         multimask: bool = True,
     ) -> ClickResult:
         """Segments the one object that points, a box or an earlier mask point at.
@@ -218,8 +230,9 @@ class ImagePredictor:
 
         Raises:
           PromptError: on an empty or impossible prompt.
-          RuntimeError: before :meth:`set_image`.
+          RuntimeError: before :meth:`set_image`, or when the checkpoint lacks the weights.
         """
+        self._require("tracker", part="tracker")
         image = self._image()
         frame = self.config.image_size
         prompt = click_prompt(
@@ -241,6 +254,14 @@ class ImagePredictor:
             low_res_logits=np.clip(logits, -LOW_RES_CLAMP, LOW_RES_CLAMP),
         )
 
+    def _require(self, module: str, *, part: str) -> None:
+        """A checkpoint may hold a part of the model only."""
+        if module not in self._params:
+            raise RuntimeError(
+                f"the checkpoint has no weights for this ({module}): convert the source again "
+                f"with --part all or --part {part}"
+            )
+
     def _image(self) -> _Encoded:
         if self._encoded is None:
             raise RuntimeError("there is no image yet: call set_image first")
@@ -248,6 +269,7 @@ class ImagePredictor:
 
     def _ground(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, RawOutput]]:
         """Grounds prompts in groups; of each the number of prompts and the padded outputs."""
+        self._require("decoder", part="image")
         image = self._image()
         phrases = [phrase_of(prompt) for prompt in prompts]
         if image.detector is None:
@@ -264,7 +286,7 @@ class ImagePredictor:
             yield len(group), self._run.ground(self._params, image.detector, texts, geometry)
 
 
-def _asked(text: Any, boxes: ArrayLike, box_labels: ArrayLike | None) -> tuple[bool, list[Prompt]]:
+def _asked(text: Any, boxes: Values, box_labels: Values | None) -> tuple[bool, list[Prompt]]:
     """Whether one result was asked for, and the prompts."""
     one = text is None or isinstance(text, str | TextFeatures)
     return one, [Prompt(t, boxes, box_labels) for t in ([text] if one else text)]

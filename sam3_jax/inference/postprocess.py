@@ -35,6 +35,8 @@ def concatenate(parts: Sequence[Detections]) -> Detections:
     """
     if not parts:
         raise ValueError("concatenate needs the detections of at least one prompt")
+    if len(parts) == 1:
+        return parts[0]  # masks of a large picture take GB: no copy where none is needed
     return Detections(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 

@@ -7,13 +7,15 @@ All of this is numpy on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 
 from sam3_jax.types import ClickPrompt, Geometry, TextFeatures
+
+Values = np.ndarray | jax.Array | Sequence[Any]  # numbers as a caller has them
 
 VISUAL = "visual"  # the phrase that stands for "no text"
 BOX_BUCKETS = (0, 1, 4, 16, 64)
@@ -35,8 +37,8 @@ class Prompt(NamedTuple):
     """
 
     text: str | TextFeatures | None = None
-    boxes: ArrayLike = ()
-    box_labels: ArrayLike | None = None
+    boxes: Values = ()
+    box_labels: Values | None = None
 
 
 def bucket(n: int, sizes: Sequence[int]) -> int:
@@ -61,7 +63,7 @@ def phrase_of(prompt: Prompt) -> str | TextFeatures:
     return prompt.text
 
 
-def _array(values: ArrayLike, width: int, name: str) -> Float[np.ndarray, "n w"]:
+def _array(values: Values, width: int, name: str) -> Float[np.ndarray, "n w"]:
     """``values`` as n rows of ``width`` finite numbers."""
     try:
         array = np.asarray(values, np.float32)
@@ -76,7 +78,7 @@ def _array(values: ArrayLike, width: int, name: str) -> Float[np.ndarray, "n w"]
     return array
 
 
-def _labels(values: ArrayLike | None, n: int, name: str) -> Int[np.ndarray, " n"]:
+def _labels(values: Values | None, n: int, name: str) -> Int[np.ndarray, " n"]:
     """``n`` labels of 0 or 1; None means all 1."""
     if values is None:
         return np.ones(n, np.int32)
@@ -88,7 +90,7 @@ def _labels(values: ArrayLike | None, n: int, name: str) -> Int[np.ndarray, " n"
     return array.astype(np.int32)
 
 
-def _boxes(values: ArrayLike, size: tuple[int, int], name: str) -> Float[np.ndarray, "n 4"]:
+def _boxes(values: Values, size: tuple[int, int], name: str) -> Float[np.ndarray, "n 4"]:
     """Boxes in pixels, checked against the image's (height, width)."""
     boxes = _array(values, 4, name)
     height, width = size
@@ -136,10 +138,10 @@ def pad_geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) 
 
 
 def click_prompt(
-    points: ArrayLike | None,
-    labels: ArrayLike | None,
-    box: ArrayLike | None,
-    mask_input: ArrayLike | None,
+    points: Values | None,
+    labels: Values | None,
+    box: Values | None,
+    mask_input: Values | None,
     *,
     size: tuple[int, int],
     frame: int,
@@ -193,7 +195,7 @@ def click_prompt(
     )
 
 
-def _mask_logits(mask_input: ArrayLike | None, side: int) -> Float[np.ndarray, "1 s s"]:
+def _mask_logits(mask_input: Values | None, side: int) -> Float[np.ndarray, "1 s s"]:
     """One mask's logits with a batch axis, zeros without one."""
     if mask_input is None:
         return np.zeros((1, side, side), np.float32)

@@ -14,6 +14,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import DecoderConfig
@@ -60,7 +61,7 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

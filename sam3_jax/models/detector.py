@@ -14,6 +14,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sam3_jax.config import ModelConfig
@@ -41,7 +42,7 @@ class Vision(nn.Module):
     """Trunk and the two necks."""
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         self.trunk = VisionTransformer(self.config.vision, self.dtype)
@@ -53,7 +54,7 @@ class Sam3(nn.Module):
     """The whole model. ``dtype``: compute dtype of everything that does not need float32."""
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         cfg, dim = self.config, self.config.dim

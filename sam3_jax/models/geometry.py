@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import GeometryConfig
@@ -28,7 +29,7 @@ class GeometryEncoder(nn.Module):
 
     config: GeometryConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.ops.attention import attention
@@ -35,9 +36,9 @@ KERNEL_BOUND: dict[Init, Callable[[int, int], float]] = {
 }
 
 
-def precision(dtype: jnp.dtype) -> lax.Precision | None:
+def precision(dtype: DTypeLike) -> lax.Precision | None:
     """Full float32 products where float32 was asked for, the platform's own otherwise."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -75,7 +76,7 @@ class Linear(nn.Module):
     in_axes: int = 1
     init: Init = "torch"
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -108,7 +109,7 @@ class Conv(nn.Module):
     pad: int = 0
     groups: int = 1
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -157,7 +158,7 @@ class Upsample2x(nn.Module):
     """
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -184,7 +185,7 @@ class LayerNorm(nn.Module):
     """LayerNorm over the last axis, computed in float32."""
 
     eps: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -200,7 +201,7 @@ class GroupNorm(nn.Module):
     """GroupNorm over a map (eps 1e-5), computed in float32."""
 
     groups: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
@@ -239,7 +240,7 @@ class Attention(nn.Module):
     dropout: float = 0.0
     init: Init = "xavier_qkv"
     out_init: Init = "torch_zero_bias"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -285,7 +286,7 @@ class Mlp(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     dropout: float = 0.0
     init: Init = "torch"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -305,7 +306,7 @@ class Head(nn.Module):
     depth: int
     init: Init = "torch"
     last_init: Init | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d2"]:
@@ -353,7 +354,7 @@ class CrossAttentionLayer(nn.Module):
     mlp_dim: int
     dropout: float
     xavier: bool  # fusion is initialised by TransformerWrapper, the geometry encoder is not
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -403,7 +404,7 @@ class ConvNextBlock(nn.Module):
     """ConvNeXt block, depthwise 7x7 (upstream ``CXBlock`` in ``sam3/model/memory.py``)."""
 
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:

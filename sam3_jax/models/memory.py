@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import MemoryConfig
@@ -20,7 +21,7 @@ class MaskDownsampler(nn.Module):
     """Masks at 16 times the grid (other sizes are resized) to grid cells: four stride-2 convs."""
 
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -39,7 +40,7 @@ class FusedMaskEncoder(nn.Module):
     dim: int
     out_dim: int
     depth: int = 2
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -62,7 +63,7 @@ class MemoryAttentionLayer(nn.Module):
 
     config: MemoryConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -113,7 +114,7 @@ class MemoryAttention(nn.Module):
 
     config: MemoryConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

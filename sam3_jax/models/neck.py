@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam3_jax.models.layers import Conv, Upsample2x, gelu
@@ -18,7 +19,7 @@ class Neck(nn.Module):
     """Map of the trunk to three levels of width ``dim``, finest first."""
 
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, trunk: Float[Array, "b h w c"]) -> Levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import SamConfig
@@ -34,7 +36,7 @@ class PromptEncoder(nn.Module):
 
     config: SamConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         self.gaussian = self.param("gaussian", nn.initializers.normal(1.0), (2, self.dim // 2))
@@ -93,7 +95,7 @@ class TwoWayBlock(nn.Module):
     config: SamConfig
     dim: int
     first: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -104,9 +106,9 @@ class TwoWayBlock(nn.Module):
         image_pos: Float[Array, "#p m d"],
         token_mask: Bool[Array, "p n"],
     ) -> tuple[Float[Array, "p n d"], Float[Array, "p m d"]]:
-        attend = sam_attention(self.config, self.dim, self.dtype)
+        attend = functools.partial(sam_attention, self.config, self.dim, self.dtype)
         q = tokens if self.first else tokens + token_pos
-        y = attend("self_attn", inner_dim=None)(q, q, tokens, key_mask=token_mask)
+        y = attend("self_attn", downsample=False)(q, q, tokens, key_mask=token_mask)
         # The first block has neither positions nor a residual here.
         tokens = LayerNorm(name="norm1")(y if self.first else tokens + y)
         y = attend("token_to_image")(tokens + token_pos, image + image_pos, image)
@@ -119,22 +121,24 @@ class TwoWayBlock(nn.Module):
         return tokens, LayerNorm(name="norm4")(image + y)
 
 
-def sam_attention(config: SamConfig, dim: int, dtype: jnp.dtype):
-    """Maker of SAM's attention layers: PyTorch's linear defaults, down-projected by default."""
-    narrow = dim // config.attention_downsample
-
-    def make(name: str, inner_dim: int | None = narrow) -> Attention:
-        return Attention(
-            dim,
-            config.num_heads,
-            inner_dim,
-            init="torch",
-            out_init="torch",
-            dtype=dtype,
-            name=name,
-        )
-
-    return make
+def sam_attention(
+    config: SamConfig,
+    dim: int,
+    dtype: DTypeLike,
+    name: str | None = None,
+    *,
+    downsample: bool = True,
+) -> Attention:
+    """SAM's attention layer: PyTorch's linear defaults, narrower inside unless told not to be."""
+    return Attention(
+        dim,
+        config.num_heads,
+        dim // config.attention_downsample if downsample else dim,
+        init="torch",
+        out_init="torch",
+        dtype=dtype,
+        name=name,
+    )
 
 
 class MaskDecoder(nn.Module):
@@ -142,14 +146,14 @@ class MaskDecoder(nn.Module):
 
     config: SamConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         cfg, dim, dtype = self.config, self.dim, self.dtype
         self.object_token, self.iou_token = Embedding(1, dim), Embedding(1, dim)
         self.mask_tokens = Embedding(1 + cfg.num_multimask, dim)
         self.blocks = [TwoWayBlock(cfg, dim, i == 0, dtype) for i in range(cfg.depth)]
-        self.final_attn = sam_attention(cfg, dim, dtype)(None)
+        self.final_attn = sam_attention(cfg, dim, dtype)
         self.norm_final = LayerNorm()
         self.upscale_0, self.upscale_1 = Upsample2x(dim // 4, dtype), Upsample2x(dim // 8, dtype)
         self.upscale_norm = LayerNorm(eps=1e-6, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sam3_jax.config import TextConfig
@@ -15,7 +16,7 @@ class TextBlock(nn.Module):
     """Pre-norm causal block (upstream ``ResidualAttentionBlock``)."""
 
     config: TextConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "t n d"]) -> Float[Array, "t n d"]:
@@ -32,7 +33,7 @@ class TextEncoder(nn.Module):
 
     config: TextConfig
     dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, token_ids: Int[Array, "t n"]) -> TextFeatures:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.models.layers import Conv, Head, Linear
+from sam3_jax.models.layers import Conv, Embedding, Head, Linear
 from sam3_jax.models.memory import FusedMaskEncoder, MemoryAttention
 from sam3_jax.models.sam_heads import MaskDecoder, PromptEncoder
 from sam3_jax.ops.rope import axial_rope
@@ -24,7 +25,7 @@ class Tracker(nn.Module):
     """Everything under ``tracker.*`` of the released checkpoint but its neck."""
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         cfg, dim = self.config, self.config.dim
@@ -37,13 +38,12 @@ class Tracker(nn.Module):
         self.mask_downsample = Conv(1, 4, stride=4)
         self.pointer_head = Head(dim, dim, 3)
         self.pointer_time_proj = Linear(cfg.memory.dim)
+        # Modules of their own: a checkpoint of the interactive head alone lacks all but the first.
         table = nn.initializers.truncated_normal(0.02)
-        self.no_memory_embed = self.param("no_memory_embed", table, (dim,))
-        self.no_object_pointer = self.param("no_object_pointer", table, (dim,))
-        self.no_object_embed = self.param("no_object_embed", table, (cfg.memory.dim,))
-        self.memory_time_embed = self.param(
-            "memory_time_embed", table, (cfg.memory.num_maps, cfg.memory.dim)
-        )
+        self.no_memory_embed = Embedding(1, dim, table)
+        self.no_object_pointer = Embedding(1, dim, table)
+        self.no_object_embed = Embedding(1, cfg.memory.dim, table)
+        self.memory_time_embed = Embedding(cfg.memory.num_maps, cfg.memory.dim, table)
 
     def project_levels(self, levels: Levels) -> Levels:
         """Pyramid of the neck to what the mask decoder reads: dim/8, dim/4 and dim channels."""
@@ -75,7 +75,7 @@ class Tracker(nn.Module):
           image_index: image of each of the P prompts.
         """
         fine, middle, coarse = (level[image_index] for level in levels)
-        coarse = coarse + self.no_memory_embed.astype(coarse.dtype)
+        coarse = coarse + self.no_memory_embed()[0].astype(coarse.dtype)
         return self.heads((fine, middle, coarse), prompt)
 
     def object_pointer(
@@ -83,7 +83,7 @@ class Tracker(nn.Module):
     ) -> Float[Array, "p d"]:
         """Pointer of a mask token; the no-object pointer where the logit is <= 0."""
         present = (object_logits > 0)[:, None]
-        return jnp.where(present, self.pointer_head(token), self.no_object_pointer)
+        return jnp.where(present, self.pointer_head(token), self.no_object_pointer()[0])
 
     def touch(self, coarse: Float[Array, "b h w d"]) -> None:
         """Calls what single images do not use, so that ``init`` makes its parameters."""
@@ -99,3 +99,5 @@ class Tracker(nn.Module):
         self.mask_downsample(mask)
         self.object_pointer(flat[:, 0], jnp.ones(batch))
         self.pointer_time_proj(flat[:, :1])
+        self.no_object_embed()
+        self.memory_time_embed()

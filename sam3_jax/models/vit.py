@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam3_jax.config import VisionConfig
@@ -28,7 +29,7 @@ class Block(nn.Module):
     drop_path: float
     window: int = 0
     rows: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -62,7 +63,7 @@ class VisionTransformer(nn.Module):
     """Pixels to the stride-14 map. Any image size that the patches divide."""
 
     config: VisionConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

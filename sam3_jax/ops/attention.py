@@ -1,12 +1,49 @@
-"""Scaled dot-product attention: one function for every platform."""
+"""Scaled dot-product attention: one function, the right kernel for every platform and shape.
+
+Stands for ``F.scaled_dot_product_attention``, which all of upstream's attention calls
+(``sam3/model/vitdet.py``, ``model_misc.py``, ``sam/transformer.py``). What "auto" gives:
+
+========  ==========================================  =============================================
+platform  condition                                   kernel
+========  ==========================================  =============================================
+TPU       bfloat16, no bias, no dropout               Pallas splash attention
+CUDA      16 bits, head size % 8 == 0 and <= 128,     cuDNN flash attention; a key mask becomes
+          no dropout, not causal with a key mask      lengths, or part of the bias if there is one
+GPU, TPU  everything else (float32, training with     ``chunked``: tiles of at most 576 queries and
+          dropout, head size 256, a bias on a TPU)    256 MB of scores, in XLA
+CPU       always, in float32 inside                   ``chunked``: tiles that fit the cache
+========  ==========================================  =============================================
+
+Up to ``FLASH_SCORES`` scores a head (text, prompts, queries among themselves) TPU and CUDA use
+``chunked`` as well, which then is one plain softmax. The choice falls when a program is lowered, so
+ahead-of-time compilation for another platform gets that platform's kernel.
+
+Under ``jax.set_mesh`` the kernels run inside ``shard_map``, batch over ``BATCH_AXES`` and heads
+over ``HEAD_AXIS``: a Pallas call cannot be partitioned automatically. Axes that do not divide the
+batch or the heads are left whole.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-QUERY_CHUNK = 64
+from sam3_jax.ops import chunked_attention as tiled
+from sam3_jax.ops import flash
+from sam3_jax.ops.chunked_attention import Operands
+
+IMPLEMENTATIONS = ("auto", "naive", "chunked", "cudnn", "splash")
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+
+# Scores of one head from which a flash kernel pays: 512 x 512. Below are 5184 image tokens on up to
+# 50 prompt tokens and 401 decoder queries among themselves; windows of 576 x 576 are above.
+FLASH_SCORES = 1 << 18
 
 
 def attention(
@@ -21,44 +58,135 @@ def attention(
     dropout_rng: Array | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "b n h d"]:
-    """softmax(q k / sqrt(d) + bias) v; rows without a valid key give zeros."""
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    n, m, d = q.shape[1], k.shape[1], q.shape[-1]
+    """softmax(q k / sqrt(d) + bias) v, with the softmax in float32 and the result in q's dtype.
 
-    def rows(start, q_rows, bias_rows, rng):
-        s = jnp.einsum(
-            "bnhd,bmhd->bhnm", q_rows, k, precision=precision, preferred_element_type=jnp.float32
+    float32 inputs are multiplied in float32 on every platform, 16-bit inputs with float32
+    accumulation.
+
+    Args:
+      bias: added to the scaled scores.
+      key_mask: True = valid. Rows without a valid key give zeros.
+      causal: query i sees keys 0..i.
+      dropout_rate: share of the attention weights that is dropped; needs ``dropout_rng``. The
+        weights dropped do not depend on a mesh, but on the platform's tiles.
+      implementation: "auto"; "naive" (one matrix of scores, a reference); "chunked"; "cudnn";
+        "splash" (interpreted, and slow, off TPU).
+
+    Raises:
+      ValueError: for an unknown implementation, one that cannot do what is asked, or dropout
+        without a key.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS}")
+    if dropout_rate and dropout_rng is None:
+        raise ValueError(f"dropout_rate={dropout_rate} needs dropout_rng, a jax.random key")
+    keys = None
+    if dropout_rate:
+        if not jnp.issubdtype(dropout_rng.dtype, jax.dtypes.prng_key):
+            dropout_rng = jax.random.wrap_key_data(dropout_rng)
+        keys = jax.random.split(dropout_rng, (q.shape[0], q.shape[2]))
+    x = Operands(q, k, v, bias, key_mask, keys)
+    if implementation in ("cudnn", "splash"):
+        reason = _refusal(implementation, x, causal)
+        if reason:
+            raise ValueError(f'implementation="{implementation}" {reason}; use "auto"')
+    return _attention(x, causal=causal, rate=float(dropout_rate), implementation=implementation)
+
+
+def _refusal(kernel: str, x: Operands, causal: bool) -> str | None:
+    """Why ``kernel`` cannot compute this; None if it can."""
+    bits, d = 8 * x.q.dtype.itemsize, x.q.shape[-1]
+    if x.keys is not None:
+        return "has no dropout"
+    if kernel == "splash" and x.bias is not None:
+        return "takes no bias"
+    if kernel == "cudnn":
+        if bits != 16:
+            return f"takes 16-bit inputs, not {x.q.dtype}"
+        if d % 8 or d > 128:
+            return f"takes head sizes that are multiples of 8 up to 128, not {d}"
+        if causal and x.key_mask is not None:
+            return "takes no key mask with causal"
+    return None
+
+
+# jit, so that the many layers of a model that call it alike are traced once.
+@functools.partial(jax.jit, static_argnames=("causal", "rate", "implementation"))
+def _attention(
+    x: Operands, *, causal: bool, rate: float, implementation: str
+) -> Float[Array, "b n h d"]:
+    """Splits the work over the mesh in whose context it is traced."""
+    f = functools.partial(_on_device, causal=causal, rate=rate, implementation=implementation)
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[axis] > 1
+    ]
+    if not free:
+        return f(x)
+    b, _, h, _ = x.q.shape
+    batch, size = [], 1
+    for axis in BATCH_AXES:
+        if axis in free and b % (size * mesh.shape[axis]) == 0:
+            batch, size = [*batch, axis], size * mesh.shape[axis]
+    rows = tuple(batch) or None
+    heads = HEAD_AXIS if HEAD_AXIS in free and h % mesh.shape[HEAD_AXIS] == 0 else None
+    tokens, bias = PartitionSpec(rows, None, heads), None
+    if x.bias is not None:
+        bias = PartitionSpec(
+            rows if x.bias.shape[0] > 1 else None, heads if x.bias.shape[1] > 1 else None
         )
-        s = s * d**-0.5
-        if bias_rows is not None:
-            s = s + bias_rows
-        mask = None if key_mask is None else key_mask[:, None, None]
-        if causal:
-            c = (start + jnp.arange(q_rows.shape[1]))[:, None] >= jnp.arange(m)
-            mask = c if mask is None else mask & c
-        if mask is not None:
-            s = jnp.where(mask, s, -1e30)
-        p = jax.nn.softmax(s)
-        if mask is not None:
-            p = jnp.where(mask, p, 0)
-        if rng is not None:
-            p = jnp.where(jax.random.bernoulli(rng, 1 - dropout_rate, p.shape), p, 0)
-            p = p / (1 - dropout_rate)
-        return jnp.einsum(
-            "bhnm,bmhd->bnhd",
-            p.astype(v.dtype),
-            v,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        ).astype(q.dtype)
+    specs = Operands(
+        *(tokens, tokens, tokens, bias),
+        key_mask=None if x.key_mask is None else PartitionSpec(rows),
+        keys=None if x.keys is None else PartitionSpec(rows, heads),
+    )
+    # check_vma: Pallas calls do not say over which axes their results vary.
+    return jax.shard_map(
+        f, in_specs=(specs,), out_specs=tokens, axis_names=set(free), check_vma=False
+    )(x)
 
-    rng = dropout_rng if dropout_rate else None
-    if n * m <= 1 << 20:
-        return rows(0, q, bias, rng)
-    out = []
-    chunk = max(1, n // 8)
-    for start in range(0, n, chunk):
-        b = None if bias is None else bias[:, :, start : start + chunk]
-        r = None if rng is None else jax.random.fold_in(rng, start)
-        out.append(jax.checkpoint(rows)(start, q[:, start : start + chunk], b, r))
-    return jnp.concatenate(out, axis=1)
+
+def _on_device(
+    x: Operands, *, causal: bool, rate: float, implementation: str
+) -> Float[Array, "b n h d"]:
+    """Chooses the kernel of a shard, for the platform that the program is lowered for."""
+
+    def chunked(tiles: tiled.Tiles) -> functools.partial:
+        return functools.partial(tiled.chunked, causal=causal, rate=rate, tiles=tiles)
+
+    def on_cpu(x: Operands) -> Array:
+        # XLA multiplies 16-bit matrices at half the speed of float32 on CPUs without such units.
+        wide = x._replace(**{name: getattr(x, name).astype(jnp.float32) for name in "qkv"})
+        return chunked(tiled.CPU_TILES)(wide).astype(x.q.dtype)
+
+    cudnn = functools.partial(flash.cudnn, causal=causal)
+    splash = functools.partial(flash.splash, causal=causal, interpret=False)
+    if implementation == "naive":
+        return chunked(tiled.NO_TILES)(x)
+    if implementation == "cudnn":
+        return cudnn(x)
+    if implementation == "splash":
+        interpreted = functools.partial(flash.splash, causal=causal, interpret=True)
+        return lax.platform_dependent(x, tpu=splash, default=interpreted)
+    kernels = {"cpu": on_cpu}
+    if implementation == "auto" and x.q.shape[1] * x.k.shape[1] > FLASH_SCORES:
+        if _refusal("cudnn", x, causal) is None and _has_cudnn():
+            kernels["cuda"] = cudnn
+        if _refusal("splash", x, causal) is None and x.q.dtype == jnp.bfloat16:
+            kernels["tpu"] = splash
+    return lax.platform_dependent(x, **kernels, default=chunked(tiled.DEVICE_TILES))
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether jax's CUDA plugin is installed: without it cuDNN's call cannot even be traced."""
+    x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(
+            functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x
+        )
+    except RuntimeError:
+        return False
+    return True

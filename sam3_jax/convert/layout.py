@@ -1,0 +1,138 @@
+"""Which of the five ways of naming a file uses, and the table in its names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from sam3_jax.checkpoint import in_parts
+from sam3_jax.config import ModelConfig
+from sam3_jax.convert import hf_names
+from sam3_jax.convert.errors import ConversionError
+from sam3_jax.convert.hf_names import Unused
+from sam3_jax.convert.table import Row, build_table, unused_names
+
+# Parameters that only the named part of a checkpoint has.
+_OWN = {
+    "image": ("text/", "geometry/", "fusion/", "decoder/", "scoring/", "segmentation/"),
+    "interactive": ("tracker/prompt_encoder/", "tracker/mask_decoder/"),
+    "memory": ("tracker/memory_attention/", "tracker/memory_encoder/"),
+}
+RELEASE = "sam3.pt"
+
+
+class Layout(NamedTuple):
+    """The table in the names of one kind of file."""
+
+    name: str  # "sam3.pt" or the class of transformers
+    rows: list[Row]
+    unused: list[Unused]
+    copies: dict[str, str]  # a tensor that repeats another one
+
+    @property
+    def is_release(self) -> bool:
+        """Whether the names are those of Meta's own file."""
+        return self.name == RELEASE
+
+    def held_parts(self, names: Collection[str]) -> tuple[str, ...]:
+        """Parts of the model of which at least one own tensor is among the names."""
+        present = [target for row in self.rows if row.source in names for target in row.targets]
+        return tuple(
+            part for part, own in _OWN.items() if any(target.startswith(own) for target in present)
+        )
+
+    def fillable(self, target: str, parts: Collection[str]) -> bool:
+        """Whether zeros may stand for a parameter that the file lacks: HF drops the detector's
+        point prompts, and without the memory its tables are declared but never read."""
+        if target.startswith("geometry/point_"):
+            return not self.is_release
+        return "memory" not in parts and target in (
+            "tracker/no_object_pointer",
+            "tracker/no_object_embed",
+            "tracker/memory_time_embed",
+        )
+
+
+def release_layout(config: ModelConfig) -> Layout:
+    """The names of ``sam3.pt``."""
+    unused = [Unused(name, name) for name in unused_names(config)]
+    return Layout(RELEASE, build_table(config), unused, {})
+
+
+def hf_layout(name: str, config: ModelConfig) -> Layout:
+    """The names of one of transformers' four classes."""
+    rename: Callable[[str], str]
+    if name == "Sam3VideoModel":
+        rename, parts = str, ("image", "interactive", "memory")
+    elif name == "Sam3Model":
+        rename, parts = hf_names.detector_name, ("image",)
+    else:
+        rename = hf_names.tracker_name
+        parts = ("interactive", "memory") if name == "Sam3TrackerVideoModel" else ("interactive",)
+    rows = [row for row in hf_names.hf_rows(config) if in_parts(row.targets[0], parts)]
+    if name == "Sam3TrackerModel":
+        rows = [row for row in rows if not _is_memory_table(row)]
+    unused = [item for item in hf_names.hf_unused(config) if unused_in_parts(item.stored, parts)]
+    copies = {hf_names.GAUSSIAN_COPY: hf_names.GAUSSIAN} if "interactive" in parts else {}
+    return Layout(
+        name,
+        [row._replace(source=rename(row.source)) for row in rows],
+        [item._replace(source=rename(item.source)) for item in unused],
+        {rename(copy): rename(original) for copy, original in copies.items()},
+    )
+
+
+def _is_memory_table(row: Row) -> bool:
+    return row.targets[0].startswith("tracker/no_object") or "memory_time" in row.targets[0]
+
+
+def unused_in_parts(stored: str, parts: Collection[str]) -> bool:
+    """Whether an unused tensor (its name in ``sam3.pt``) belongs to one of the parts."""
+    if ".trunk." in stored:
+        return True
+    if stored.startswith("tracker."):
+        return "memory" in parts
+    if ".sam2_convs." in stored:
+        return "interactive" in parts or "memory" in parts
+    return "image" in parts
+
+
+def find_layout(names: Collection[str], config: ModelConfig, where: str) -> Layout:
+    """The layout that a file with these (normalised) names has.
+
+    Raises:
+      ConversionError: when the names are those of no SAM 3, or of SAM 3.1.
+    """
+    if hf_names.is_multiplex(names):
+        raise ConversionError(
+            f"{where}: holds SAM 3.1 (object multiplex), whose tracker is another model; this "
+            "program converts SAM 3: sam3.pt or model.safetensors of facebook/sam3"
+        )
+    starts = {name.split(".")[0] for name in names}
+    if starts & {"detector", "tracker"}:
+        return release_layout(config)
+    if starts & {"detector_model", "tracker_model", "tracker_neck"}:
+        name = "Sam3VideoModel"
+    elif "detr_decoder" in starts:
+        name = "Sam3Model"
+    elif {"vision_encoder", "prompt_encoder"} <= starts:
+        name = "Sam3TrackerVideoModel"
+    else:
+        raise ConversionError(
+            f"{where}: its tensors are not named like those of any SAM 3 (the first is "
+            f"{next(iter(names), None)!r}); expected detector.* and tracker.*, or one of "
+            "transformers' Sam3VideoModel, Sam3Model, Sam3TrackerVideoModel, Sam3TrackerModel"
+        )
+    return _with_copies_only(hf_layout(name, config), names)
+
+
+def _with_copies_only(layout: Layout, names: Collection[str]) -> Layout:
+    """Older transformers tie the two copies of a tensor and save one: reads whichever is there."""
+    only = {
+        original: copy
+        for copy, original in layout.copies.items()
+        if original not in names and copy in names
+    }
+    rows = [row._replace(source=only.get(row.source, row.source)) for row in layout.rows]
+    copies = {copy: kept for copy, kept in layout.copies.items() if copy not in only.values()}
+    return layout._replace(rows=rows, copies=copies)
