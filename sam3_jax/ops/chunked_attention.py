@@ -124,6 +124,8 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     def batch_block(x: Operands) -> Array:
         # Here and not outside of the loop: a transpose of everything is bound by memory.
         q, k, v = (jnp.swapaxes(y, 1, 2) for y in x[:3])
+        if q.dtype == jnp.float32:  # saves a pass over the scores
+            q *= q.shape[-1] ** -0.5
         x = x._replace(q=q, k=k, v=v)
         shared = x.bias is not None and x.bias.shape[1] == 1
         axes = Operands(1, 1, 1, None if shared else 1, None, 1)
@@ -200,7 +202,9 @@ def _tile(
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     fence = lax.optimization_barrier if barrier else lambda y: y
 
-    s = fence(dot("...nd,...md->...nm", x.q, x.k)) * x.q.shape[-1] ** -0.5
+    s = fence(dot("...nd,...md->...nm", x.q, x.k))
+    if x.q.dtype != jnp.float32:  # otherwise q is scaled
+        s *= x.q.shape[-1] ** -0.5
     if x.bias is not None:
         s += x.bias
     if x.key_mask is not None:

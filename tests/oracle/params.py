@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+import flax.traverse_util
+import numpy as np
 import torch
 
-from sam3_jax.checkpoint import flatten, unflatten
 from sam3_jax.config import ModelConfig
-from sam3_jax.convert.layout import hf_layout
-from sam3_jax.convert.table import to_params
+from sam3_jax.convert import hf_layouts, table
 from sam3_jax.models.detector import init_shapes
+
+_ENTRY = re.compile(r"(.*)\[(\d+)\]")  # one row of a parameter
 
 
 def params_from_hf(model: torch.nn.Module, config: ModelConfig) -> dict:
@@ -23,13 +27,20 @@ def params_from_hf(model: torch.nn.Module, config: ModelConfig) -> dict:
       the point branch of the geometry encoder (``geometry/point_*``).
     """
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    layout = hf_layout(type(model).__name__, config)
-    known = {row.source for row in layout.rows} | {item.source for item in layout.unused}
-    if differing := known.union(layout.copies).symmetric_difference(state):
-        raise ValueError(f"named by the model or the layout, not both: {sorted(differing)}")
-    shapes = flatten(init_shapes(config))
-    params = {}
-    for row in layout.rows:
+    upstream = hf_layouts.to_upstream(type(model).__name__, state, config)
+    if upstream.unknown or upstream.missing:
+        raise ValueError(f"unknown tensors {upstream.unknown}, missing {upstream.missing}")
+    shapes = flax.traverse_util.flatten_dict(init_shapes(config), sep="/")
+    params: dict[str, np.ndarray] = {}
+    for row in table.build_table(config):
+        if row.source not in upstream.thunks:
+            continue
+        array, entry = upstream.thunks[row.source](), _ENTRY.fullmatch(row.targets[0])
+        if entry:
+            name, index = entry[1], int(entry[2])
+            whole = params.setdefault(name, np.empty(shapes[name].shape, np.float32))
+            whole[index] = array
+            continue
         wanted = [shapes[target].shape for target in row.targets]
-        params |= zip(row.targets, to_params(row, state[row.source], wanted), strict=True)
-    return unflatten(params)
+        params.update(zip(row.targets, table.to_params(row, array, wanted), strict=True))
+    return flax.traverse_util.unflatten_dict(params, sep="/")
