@@ -1,9 +1,10 @@
-"""Checkpoints on disk: parameters in Orbax format beside a ``config.json``.
+"""Saves and loads the parameters of a model: Orbax arrays and a ``config.json`` beside them.
 
-A checkpoint is a folder: ``config.json`` (format version, model configuration, parts, where the
-weights came from), ``params/GROUP`` for each top-level group of parameters (``vision``, ``text``,
-``decoder``, ...) and ``unused`` for tensors of the converted file that no code reads. Groups are
-written one after another, so that a converter needs never hold more than one of them.
+A checkpoint is a folder::
+
+    config.json   what the parameters are: format, architecture, parts, configuration, origin
+    params/       the parameters (Orbax, uncompressed)
+    unused/       tensors of the release that nothing reads, kept to be written back
 """
 
 from __future__ import annotations
@@ -11,379 +12,404 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
-from sam3_jax import config as model_config
+from sam3_jax import config as config_lib
 from sam3_jax.config import ModelConfig
-from sam3_jax.models.detector import init_shapes
 
 FORMAT_VERSION = 1
+ARCHITECTURES = ("sam3",)
 CONFIG = "config.json"
-PARTS = ("image", "tracker", "clicks")
+GROUP_BYTES = 256 * 2**20  # written at a time, which bounds the memory that saving takes
 
-Tree = dict[str, Any]
+# Parts of the model that a checkpoint may hold, and the parameters of each (path prefixes).
+_TRACKER = ("vision/trunk/", "vision/tracker_neck/")
+_DETECTOR = "text geometry fusion decoder scoring segmentation".split()
+PARTS: dict[str, tuple[str, ...]] = {
+    "image": ("vision/trunk/", "vision/detector_neck/", *(f"{name}/" for name in _DETECTOR)),
+    "interactive": (
+        *_TRACKER,
+        "tracker/prompt_encoder/",
+        "tracker/mask_decoder/",
+        "tracker/no_memory_embed/",
+    ),
+    "memory": (*_TRACKER, "tracker/"),
+}
+
+# Parameters of which nothing but their rounding to the compute dtype is ever used.
+_COMPUTE_ONLY = re.compile(r"^(vision|text)/.*/kernel$")
+
+# Field of the configuration, a parameter (or a numbered module), and which of its axes has that
+# size (None: how many there are).
+_SIZES: tuple[tuple[str, str, int | None], ...] = (
+    ("vision.patch_size", "vision/trunk/patch_embed/kernel", 0),
+    ("vision.dim", "vision/trunk/patch_embed/kernel", 3),
+    ("vision.depth", "vision/trunk/block_", None),
+    ("vision.num_heads", "vision/trunk/block_0/attn/q/kernel", 1),
+    ("vision.mlp_dim", "vision/trunk/block_0/mlp/fc1/kernel", 1),
+    ("vision.pos_grid", "vision/trunk/pos_embed", 0),
+    ("text.vocab_size", "text/token_embed/embedding", 0),
+    ("text.context_length", "text/pos_embed/embedding", 0),
+    ("text.dim", "text/pos_embed/embedding", 1),
+    ("text.depth", "text/block_", None),
+    ("text.num_heads", "text/block_0/attn/q/kernel", 1),
+    ("text.mlp_dim", "text/block_0/mlp/fc1/kernel", 1),
+    ("dim", "geometry/proj/kernel", 1),
+    ("geometry.depth", "geometry/layer_", None),
+    ("geometry.num_heads", "geometry/layer_0/self_attn/q/kernel", 1),
+    ("geometry.mlp_dim", "geometry/layer_0/ffn/fc1/kernel", 1),
+    ("geometry.roi_size", "geometry/box_pool/kernel", 0),
+    ("fusion.depth", "fusion/layer_", None),
+    ("fusion.num_heads", "fusion/layer_0/self_attn/q/kernel", 1),
+    ("fusion.mlp_dim", "fusion/layer_0/ffn/fc1/kernel", 1),
+    ("decoder.depth", "decoder/layer_", None),
+    ("decoder.num_heads", "decoder/layer_0/self_attn/q/kernel", 1),
+    ("decoder.mlp_dim", "decoder/layer_0/ffn/fc1/kernel", 1),
+    ("decoder.num_queries", "decoder/query_embed/embedding", 0),
+    ("scoring.mlp_dim", "scoring/prompt_mlp/fc1/kernel", 1),
+    ("segmentation.num_heads", "segmentation/prompt_attn/q/kernel", 1),
+    ("dim", "tracker/no_memory_embed/embedding", 1),
+    ("sam.depth", "tracker/mask_decoder/blocks_", None),
+    ("sam.num_heads", "tracker/mask_decoder/blocks_0/self_attn/q/kernel", 1),
+    ("sam.mlp_dim", "tracker/mask_decoder/blocks_0/mlp/fc1/kernel", 1),
+    ("sam.mask_channels", "tracker/prompt_encoder/mask_conv_1/kernel", 3),
+    ("memory.dim", "tracker/memory_time_embed/embedding", 1),
+    ("memory.num_maps", "tracker/memory_time_embed/embedding", 0),
+    ("memory.attention_depth", "tracker/memory_attention/layer_", None),
+    ("memory.attention_heads", "tracker/memory_attention/layer_0/self_attn/q/kernel", 1),
+    ("memory.mlp_dim", "tracker/memory_attention/layer_0/ffn/fc1/kernel", 1),
+    ("memory.fuser_depth", "tracker/memory_encoder/block_", None),
+)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read or written; the message says what to do."""
+    """A checkpoint cannot be read or written. The text names the file and what to do."""
 
 
 class Loaded(NamedTuple):
-    """``params``: nested dictionary of jax arrays. ``metadata``: ``config.json`` less the model."""
+    """What :func:`load` gives."""
 
-    params: Tree
+    params: dict  # nested; NumPy arrays, or jax ones where shardings were given
     config: ModelConfig
-    metadata: dict[str, Any]
+    metadata: dict[str, Any]  # origin, as `save` was given it, with "parts"
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Nested dictionaries to {"a/b/c": leaf}."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): leaf for k, leaf in leaves}
+def in_parts(path: str, parts: Iterable[str]) -> bool:
+    """Whether a parameter (its path joined by "/") belongs to one of the parts."""
+    return any(path.startswith(PARTS[part]) for part in parts)
 
 
-def unflatten(flat: Mapping[str, Any]) -> Tree:
+def flatten(tree: dict) -> dict[str, Any]:
+    """Leaves of nested dictionaries by their path, joined by "/"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[str, Any]) -> dict:
     """Inverse of :func:`flatten`."""
-    tree: Tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *folders, last = path.split("/")
         node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
+        for name in folders:
+            node = node.setdefault(name, {})
+        node[last] = leaf
     return tree
-
-
-def in_part(path: str, part: str) -> bool:
-    """Whether a parameter belongs to a part of the model.
-
-    ``image``: finds concepts. ``tracker``: everything of the tracker. ``clicks``: the tracker less
-    its video memory, which is all that segmenting one image by points needs.
-    """
-    if path.startswith("vision/trunk/"):
-        return True
-    if path.startswith("vision/tracker_neck/"):
-        return part != "image"
-    if path.startswith("tracker/"):
-        heads = ("tracker/prompt_encoder/", "tracker/mask_decoder/", "tracker/no_memory_embed")
-        return part == "tracker" or (part == "clicks" and path.startswith(heads))
-    return part == "image"
-
-
-def part_shapes(config: ModelConfig, parts: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Flat path -> shape of all parameters of the parts."""
-    parts = tuple(parts)
-    shapes = flatten(init_shapes(config))
-    return {p: s for p, s in shapes.items() if any(in_part(p, part) for part in parts)}
-
-
-def _context() -> ocp.Context:
-    context = ocp.Context()
-    saving = context.array.saving
-    saving.use_compression = False  # weights do not compress; loading is twice as fast without
-    saving.enable_post_merge_validation = False
-    context.memory.deepcopy_host_arrays = False  # arrays are not changed while they are written
-    return context
-
-
-def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raises CheckpointError unless a checkpoint may be written to ``path``."""
-    path = Path(path)
-    if not os.path.lexists(path):
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{path} exists; choose another output or pass --overwrite")
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} exists and is not a checkpoint of sam3_jax, so it is not replaced; "
-            "delete it yourself or choose another output"
-        )
-    _read_config(path)  # never replace a stranger's folder that has a config.json
 
 
 def save(
     path: str | os.PathLike,
-    params: Mapping[str, Tree | Callable[[], Tree]],
+    params: dict,
     config: ModelConfig,
     *,
-    parts: Iterable[str] = ("image", "tracker"),
-    unused: Mapping[str, np.ndarray] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
+    unused: dict[str, np.ndarray] | None = None,
+    metadata: dict[str, Any] | None = None,
+    parts: Sequence[str] = tuple(PARTS),
+    dtype: Any = None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Writes a checkpoint; whatever goes wrong, ``path`` is what it was before.
+    """Writes a checkpoint, all of it or nothing.
+
+    Needs little memory beside the arrays themselves, which may be views of mapped files.
 
     Args:
-      path: folder to make.
-      params: parameters by top-level group; a group may be a function that makes it when its
-        turn comes.
-      config: the model's configuration.
-      parts: what ``params`` holds: of "image", "tracker", "clicks".
-      unused: tensors to keep beside the parameters, by name.
-      metadata: more entries for ``config.json``.
-      overwrite: replace a checkpoint that is there.
-      progress: show a progress bar on stderr.
+      path: folder to make; it must not exist, or be empty.
+      params: nested dictionary of arrays (NumPy, or jax that this process can address).
+      config: the model they belong to.
+      unused: further arrays by name, stored as they are.
+      metadata: anything JSON can hold about their origin.
+      parts: which of :data:`PARTS` the parameters make up.
+      dtype: what the parameters are cast to; None keeps them.
+      progress: called with the number of bytes after each group of arrays.
 
     Raises:
-      CheckpointError: ``path`` exists, or the disk refuses.
+      CheckpointError: when the folder is taken, the disk is full, or writing fails.
     """
-    path = Path(os.path.abspath(path))
-    check_writable(path, overwrite)
-    parts = tuple(parts)
-    expected = part_shapes(config, parts)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        total = 4 * sum(s.size for s in expected.values())
-        with _progress_bar(partial, total, progress), _context():
-            for group, tree in params.items():
-                tree = tree() if callable(tree) else tree
-                _check_group(path, group, tree, expected)
-                _write_item(partial / "params" / group, tree)
-            if unused:
-                _write_item(partial / "unused", dict(unused))
-        described = {
-            "format_version": FORMAT_VERSION,
-            "arch": config.arch,
-            "parts": list(parts),
-            "model": model_config.to_dict(config),
-            **(metadata or {}),
-        }
-        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-        _move(partial, path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
-            raise CheckpointError(
-                f"{path} could not be written, and nothing is left of it: {error}. A checkpoint "
-                "of the released size needs 3.5 GB of disk"
-            ) from error
-        raise
-
-
-def _check_group(path: Path, group: str, tree: Tree, expected: Mapping[str, Any]) -> None:
-    found = {p: np.shape(leaf) for p, leaf in flatten({group: tree}).items()}
-    wanted = {p: s.shape for p, s in expected.items() if p.startswith(group + "/")}
-    if found != wanted:
-        raise CheckpointError(f"{path}: {_differences(found, wanted)}")
-
-
-def _write_item(path: Path, tree: Tree) -> None:
-    ocp.save(path, tree, checkpointable_name="arrays")
-
-
-def _move(partial: Path, path: Path) -> None:
-    """Puts the finished folder in place; an older one goes away only after that."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = partial.with_name(partial.name + "-old")
-    path.rename(old)
-    try:
-        partial.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    target = Path(path).absolute()
+    cast = np.dtype(dtype) if dtype is not None else None
+    leaves, kept = flatten(params), dict(unused or {})
+    need = sum(leaf.size * (cast or leaf.dtype).itemsize for leaf in leaves.values())
+    need += sum(leaf.nbytes for leaf in kept.values())
+    description = {
+        "format_version": FORMAT_VERSION,
+        "arch": config.arch,
+        "parts": list(parts),
+        "model": config_lib.to_dict(config),
+        "metadata": metadata or {},
+    }
+    with staging_folder(target, need) as folder:
+        _write_arrays(folder / "params", leaves, cast, progress)
+        if kept:
+            _write_arrays(folder / "unused", kept, None, progress)
+        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _progress_bar(folder: Path, total: int, show: bool) -> Iterator[None]:
-    """Shows how many of ``total`` bytes have arrived in ``folder``."""
-    if not show:
-        yield
-        return
-    stop = threading.Event()
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing")
+def staging_folder(target: Path, need: int, *, file: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place if all goes well, and vanishes if not.
 
-    def watch() -> None:
-        while not stop.wait(0.2):
-            bar.update(min(_folder_bytes(folder), total) - bar.n)
+    Args:
+      target: must not exist, or be an empty folder.
+      need: bytes that will be written.
+      file: the target is the file of its name in the folder, not the folder.
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    Raises:
+      CheckpointError: when the place is taken, the disk is too small, or writing fails.
+    """
+    if target.exists() and (file or not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already; choose another output or remove it")
     try:
-        yield
-        bar.total = max(_folder_bytes(folder), 1)
-        bar.update(bar.total - bar.n)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise CheckpointError(f"{target.parent}: cannot be written to ({error})") from error
+    if free < need:
+        raise CheckpointError(
+            f"{target}: needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk; "
+            "free some space or choose an output on another disk"
+        )
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir()
+        yield folder
+        os.replace(folder / target.name if file else folder, target)
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore has its own for a full disk
+        raise CheckpointError(
+            f"{target}: writing failed, nothing was kept: {_first_line(error)}"
+        ) from error
     finally:
-        stop.set()
-        thread.join()
-        bar.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # renamed between listing and asking
-                total += os.stat(os.path.join(root, name)).st_size
-    return total
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:400]
+
+
+def _write_arrays(
+    folder: Path,
+    leaves: dict[str, Any],
+    dtype: np.dtype | None,
+    progress: Callable[[int], object],
+) -> None:
+    """Writes arrays group by group into one Orbax checkpoint."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly shrink, and loading takes longer
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        for group in _groups(leaves):
+            arrays = {
+                name: np.asarray(leaf, dtype or leaf.dtype, order="C")
+                for name, leaf in group.items()
+            }
+            ocp.partial.save(folder, unflatten(arrays))
+            progress(sum(leaf.nbytes for leaf in group.values()))
+        ocp.partial.finalize(folder)
+
+
+def _groups(leaves: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Neighbouring leaves, about GROUP_BYTES together."""
+    group: dict[str, Any] = {}
+    size = 0
+    for name, leaf in leaves.items():
+        if group and size + leaf.nbytes > GROUP_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = leaf
+        size += leaf.nbytes
+    if group:
+        yield group
 
 
 def load(
     path: str | os.PathLike,
     *,
     dtype: Any = None,
-    parts: Iterable[str] | None = None,
-    shardings: Callable[[Tree], Tree] | None = None,
+    parts: Sequence[str] | None = None,
+    shardings: Callable[[dict], dict] | None = None,
 ) -> Loaded:
-    """Reads a checkpoint into jax arrays.
+    """Reads a checkpoint.
 
     Args:
-      path: folder that ``convert_torch_weights.py`` or :func:`save` wrote.
-      dtype: of the backbones' matrices, for example ``jnp.bfloat16`` to halve their memory; all
-        other parameters are float32 in any case.
-      parts: of "image", "tracker", "clicks"; default all that the checkpoint has.
-      shardings: function from the tree of shapes to a tree of shardings, for example
-        ``functools.partial(param_shardings, mesh=mesh)``; default: one device.
+      path: folder that :func:`save` or ``convert_torch_weights.py`` wrote.
+      dtype: what the backbones' matrices, nine tenths of all, are cast to while reading: the
+        compute dtype, in which they are multiplied anyway. The rest, which takes part in float32
+        arithmetic, keeps its precision. None casts nothing.
+      parts: which of :data:`PARTS` to read; None reads all there are.
+      shardings: from the tree of shapes to the tree of shardings, to read each device's share
+        straight onto it (``functools.partial(param_shardings, mesh=mesh)``); None gives NumPy
+        arrays.
 
     Raises:
-      CheckpointError: there is no usable checkpoint, or not with these parts.
+      CheckpointError: when there is no usable checkpoint, or it lacks one of ``parts``.
     """
-    path = Path(os.path.abspath(path))
-    config, metadata = _read_config(path)
-    stored = part_shapes(config, metadata["parts"])
-    if parts is None:
-        wanted = stored
-    else:
-        _check_parts(path, tuple(parts), metadata["parts"])
-        wanted = part_shapes(config, parts)
-    tree = unflatten({p: _leaf_struct(p, shape, dtype) for p, shape in wanted.items()})
+    folder = Path(path).absolute()
+    description = _read_description(folder)
+    config = _read_model(folder, description)
+    held = list(description["parts"])
+    for part in parts or ():
+        if part not in held:
+            raise CheckpointError(
+                f"{folder}: has no {part!r} part, only {', '.join(held)}; convert the full weights "
+                "again with --part all"
+            )
+    with _reading(folder / "params"):
+        stored = flatten(ocp.metadata(folder / "params").metadata)
+    _check_sizes(folder, config, {name: leaf.shape for name, leaf in stored.items()})
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(_load_dtype(name, leaf, dtype)))
+        for name, leaf in stored.items()
+        if in_parts(name, parts or held)
+    }
     if shardings is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = jax.tree.map(lambda _: one, tree)
+        # What Orbax takes for "a NumPy array like this": one that occupies no memory.
+        like = {n: np.broadcast_to(np.zeros((), s.dtype), s.shape) for n, s in wanted.items()}
     else:
-        placed = shardings(tree)
-    tree = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree, placed
-    )
-    groups: dict[str, dict] = {}
-    for name, shape in stored.items():
-        groups.setdefault(name.split("/")[0], {})[name] = shape.shape
-    params = {}
-    for group, subtree in tree.items():
-        params[group] = _read_group(path, group, subtree, groups[group])
+        places = flatten(shardings(unflatten(wanted)))
+        like = {
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[name])
+            for name, shape in wanted.items()
+        }
+    params = _read_arrays(folder / "params", unflatten(like))
+    metadata = {**description.get("metadata", {}), "parts": list(parts or held)}
     return Loaded(params, config, metadata)
 
 
+def _load_dtype(name: str, leaf: Any, dtype: Any) -> Any:
+    """The dtype that :func:`load` gives one parameter."""
+    return dtype if dtype is not None and _COMPUTE_ONLY.search(name) else leaf.dtype
+
+
 def load_unused(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Tensors that were stored beside the parameters, verbatim; none gives {}.
+    """Tensors of the release that nothing reads, by their names there; maybe none.
 
     Raises:
-      CheckpointError: as :func:`load`.
+      CheckpointError: when there is no usable checkpoint.
     """
-    path = Path(os.path.abspath(path))
-    _read_config(path)
-    if not (path / "unused").exists():
+    folder = Path(path).absolute()
+    _read_description(folder)
+    if not (folder / "unused").is_dir():
         return {}
-    with _damage(path, "unused"), _context():
-        found = ocp.load(path / "unused", checkpointable_name="arrays")
-        return {name: np.asarray(array) for name, array in found.items()}
+    return _read_arrays(folder / "unused", None)
 
 
-def _leaf_struct(path: str, shape: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
-    big = path.startswith(("vision/", "text/")) and path.endswith("/kernel")
-    return jax.ShapeDtypeStruct(shape.shape, dtype if big and dtype is not None else shape.dtype)
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a folder looks like one that :func:`save` wrote."""
+    try:
+        return "format_version" in json.loads((Path(path) / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
-def _check_parts(path: Path, wanted: tuple[str, ...], stored: list[str]) -> None:
-    for part in wanted:
-        if part not in PARTS:
-            raise ValueError(f"unknown part {part!r}: choose of {', '.join(PARTS)}")
-        if part not in stored and not (part == "clicks" and "tracker" in stored):
-            raise CheckpointError(
-                f"{path} holds {' and '.join(stored)}, not {part}: convert the file with "
-                f"--part {'all' if part == 'image' else 'tracker'}, from a source that has it"
-            )
-
-
-def _read_group(path: Path, group: str, tree: Tree, stored: Mapping[str, tuple]) -> Tree:
-    """One group's arrays; ``stored``: the shapes that the configuration says are there."""
-    item = path / "params" / group
-    with _damage(path, f"params/{group}"), _context() as context:
-        tree_metadata = ocp.metadata(item, checkpointable_name="arrays").metadata
-        found = {p: tuple(a.shape) for p, a in flatten({group: tree_metadata}).items()}
-        if found != dict(stored):
-            raise CheckpointError(
-                f"{path}: {CONFIG} does not fit the parameters: "
-                f"{_differences(found, stored)}. Restore {CONFIG} or convert the weights again"
-            )
-        context.pytree.loading.partial_load = True
-        return ocp.load(item, tree, checkpointable_name="arrays")
+def _read_arrays(folder: Path, like: dict | None) -> dict:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _reading(folder), context:
+        return ocp.load(folder, like)
 
 
 @contextlib.contextmanager
-def _damage(path: Path, item: str) -> Iterator[None]:
-    """Turns whatever Orbax and TensorStore raise on broken files into our error."""
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns whatever Orbax and tensorstore raise on damaged files into a CheckpointError."""
     try:
         yield
-    except (CheckpointError, MemoryError):
+    except MemoryError:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # many kinds, none documented
         raise CheckpointError(
-            f"{path}: {item} is damaged or incomplete ({reason[0][:300] if reason else error!r}); "
-            "copy the checkpoint or convert the weights again"
+            f"{folder}: damaged or incomplete, convert the weights again or copy the folder again "
+            f"({_first_line(error)})"
         ) from error
 
 
-def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> str:
-    """The first few entries that differ, in words."""
-    lines = [f"{p} is missing" for p in wanted if p not in found]
-    lines += [f"{p} is unknown" for p in found if p not in wanted]
-    lines += [
-        f"{p} has shape {found[p]} instead of {wanted[p]}"
-        for p in wanted
-        if p in found and found[p] != wanted[p]
-    ]
-    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
-    return "; ".join(lines[:5]) + more
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and the other entries of ``config.json``."""
-    remedy = "give the folder that convert_torch_weights.py wrote"
-    file = path / CONFIG
-    if not path.is_dir():
-        problem = "is a file, not a folder" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {problem}; {remedy}")
+def _read_description(folder: Path) -> dict[str, Any]:
+    """The contents of config.json, with a format and an architecture that we know."""
+    remedy = "python convert_torch_weights.py --input WEIGHTS --output FOLDER makes one"
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file, not a checkpoint folder; {remedy}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; {remedy}")
+    file = folder / CONFIG
     try:
         data = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} has no {CONFIG}; {remedy}") from error
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no checkpoint, it has no {CONFIG}; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; {remedy}") from error
+        raise CheckpointError(f"{file}: cannot be read ({error}); convert again") from error
     if not isinstance(data, dict) or "format_version" not in data:
-        hint = "; it looks like a Hugging Face model" if "model_type" in data else ""
         raise CheckpointError(
-            f"{path} is no checkpoint of sam3_jax{hint}: convert it with convert_torch_weights.py"
+            f"{file}: is not of a converted checkpoint (a folder of PyTorch weights?); {remedy}"
         )
     if data["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: format_version {data['format_version']!r} is unknown to this version of "
-            f"sam3_jax, which reads {FORMAT_VERSION}; update sam3_jax"
+            f"{file}: format version {data['format_version']!r}, this program reads "
+            f"{FORMAT_VERSION}; update it, or convert the weights again"
         )
-    arch, parts = data.get("arch"), data.get("parts")
-    if arch != "sam3":
-        raise CheckpointError(f"{file}: arch {arch!r} is not supported; this is for 'sam3'")
+    if data.get("arch") not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file}: architecture {data.get('arch')!r}, this program knows "
+            f"{', '.join(ARCHITECTURES)}; update it"
+        )
+    parts = data.get("parts")
     if not isinstance(parts, list) or not parts or not set(map(str, parts)) <= set(PARTS):
-        raise CheckpointError(f"{file}: parts is {parts!r}, not a list of {', '.join(PARTS)}")
+        raise CheckpointError(f"{file}: parts {parts!r}, not of {', '.join(PARTS)}; convert again")
+    return data
+
+
+def _read_model(folder: Path, description: dict[str, Any]) -> ModelConfig:
+    model = description.get("model")
     try:
-        config = model_config.from_dict(data.pop("model", None), where="model")
+        if not isinstance(model, dict):
+            raise ValueError(f"model: expected an object, got {model!r}")
+        return config_lib.from_dict(model, where="model")
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}; convert the weights again") from error
-    return config, data
+        raise CheckpointError(f"{folder / CONFIG}: {error}; correct it or convert again") from error
+
+
+def _check_sizes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises where config.json is not about these parameters, naming every field that differs."""
+    problems = []
+    for field, path, axis in _SIZES:
+        if axis is None:
+            numbers = {n[len(path) :].split("/")[0] for n in shapes if n.startswith(path)}
+            actual = len(numbers)
+        else:
+            shape = shapes.get(path, ())
+            actual = shape[axis] if axis < len(shape) else 0
+        expected: Any = config
+        for name in field.split("."):
+            expected = getattr(expected, name)
+        if actual and actual != expected:
+            problems.append(f"{field} is {expected}, the parameters have {actual}")
+    if problems:
+        raise CheckpointError(
+            f"{folder / CONFIG}: does not fit the parameters beside it: {'; '.join(problems)}; "
+            "restore the file or convert again"
+        )

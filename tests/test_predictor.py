@@ -382,7 +382,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     assert elsewhere.dtype == jnp.bfloat16
     for leaf in jax.tree.leaves(elsewhere._params):
         assert leaf.devices() == {jax.devices()[-1]}
-    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+    with pytest.raises(checkpoint.CheckpointError, match="missing"):
         ImagePredictor.from_pretrained(tmp_path / "missing")
     with pytest.raises(ValueError, match="dtype must be one of"):  # before it looks for the folder
         ImagePredictor.from_pretrained(tmp_path / "missing", dtype="int8")

@@ -115,8 +115,8 @@ def _convert(args: argparse.Namespace) -> None:
     source = open_source(args.input)
     report = convert(source, args.output, part=args.part, config=config, progress=progress_bar)
     print(
-        f"{args.output}: {report.parameters / 1e6:.1f}M parameters from {report.layout} names, parts "
-        f"{', '.join(report.parts)}, {report.unused} unused tensors kept, "
+        f"{args.output}: {report.parameters / 1e6:.1f}M parameters from {report.layout} names, "
+        f"parts {', '.join(report.parts)}, {report.unused} unused tensors kept, "
         f"{time.monotonic() - start:.0f} s"
     )
     if report.missing_parts:
@@ -150,14 +150,12 @@ def _export(args: argparse.Namespace) -> None:
 
     loaded = checkpoint.load(args.input)
     unused = checkpoint.load_unused(args.input)
+    progress = progress_bar("writing", export.total_bytes(loaded.params, unused))
+    weights = (loaded.params, unused, loaded.config)
     if args.to_torch:
-        export.write_sam3_pt(
-            args.output, loaded.params, unused, loaded.config, progress=progress_bar
-        )
+        export.write_sam3_pt(args.output, *weights, progress=progress)
     else:
-        export.write_hf(
-            args.output, loaded.params, unused, loaded.config, args.to_hf, progress=progress_bar
-        )
+        export.write_hf(args.output, *weights, args.to_hf, progress=progress)
     print(f"{args.output}: parts {', '.join(loaded.metadata['parts'])} of {args.input}")
     if args.to_torch and loaded.metadata.get("layout", "sam3.pt") != "sam3.pt":
         print(

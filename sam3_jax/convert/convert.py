@@ -1,4 +1,4 @@
-"""PyTorch weights to a checkpoint, strictly: every tensor is accounted for, or nothing is written."""
+"""PyTorch weights to a checkpoint: every tensor is accounted for, or nothing is written."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def match(
         if row.source in tensors:
             array = _split_class_row(row, tensors[row.source], unused)
             problems += _fill(row, array, shapes, params)
-        elif not layout.fillable(row.targets[0], parts):
+        elif not layout.fillable(row.targets[0]):
             made = ", ".join(row.targets)
             problems.append(f"{row.source} is missing ({made}){closest(row.source, unknown)}")
     for name in unknown:
@@ -168,7 +168,7 @@ def match(
     problems += _differing_copies(tensors, layout)
     wanted = [path for path in shapes if in_parts(path, parts)]
     empty = [path for path in wanted if path not in params]
-    zero_filled = [path for path in empty if layout.fillable(path, parts)]
+    zero_filled = [path for path in empty if layout.fillable(path)]
     if not problems:
         problems += [f"nothing fills {path}" for path in empty if path not in zero_filled]
     raise_problems(where, problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from sam3_jax.config import ModelConfig
 from sam3_jax.convert.errors import ConversionError
 from sam3_jax.convert.hf_config import MODEL_TYPES, write_hf_config
 from sam3_jax.convert.layout import hf_layout, release_layout
-from sam3_jax.convert.progress import Progress, no_progress
 from sam3_jax.convert.safetensors_file import write_safetensors
 from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, Row, from_params
 from sam3_jax.convert.torch_write import write_torch
@@ -60,7 +59,7 @@ def write_sam3_pt(
     unused: dict[str, np.ndarray],
     config: ModelConfig,
     *,
-    progress: Progress = no_progress,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes a file that ``torch.load`` reads, with the names of ``sam3.pt``.
 
@@ -68,10 +67,9 @@ def write_sam3_pt(
       CheckpointError: when it exists or cannot be written.
     """
     target = Path(path).absolute()
-    size = _size(params, unused)
-    with staging_folder(target, size, file=True) as folder:
+    with staging_folder(target, total_bytes(params, unused), file=True) as folder:
         tensors = torch_tensors(params, unused, config)
-        write_torch(folder / target.name, tensors, progress("writing", size))
+        write_torch(folder / target.name, tensors, progress)
 
 
 def to_hf_tensors(
@@ -111,7 +109,7 @@ def write_hf(
     config: ModelConfig,
     layout: str,
     *,
-    progress: Progress = no_progress,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes a folder that ``layout.from_pretrained`` reads: config.json and model.safetensors.
 
@@ -122,7 +120,7 @@ def write_hf(
     tensors = to_hf_tensors(params, unused, config, layout)
     size = sum(array.nbytes for array in tensors.values())
     with staging_folder(Path(path).absolute(), size) as folder:
-        write_safetensors(folder / "model.safetensors", tensors, progress("writing", size))
+        write_safetensors(folder / "model.safetensors", tensors, progress)
         description = write_hf_config(config, layout)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -139,5 +137,6 @@ def _targets(row: Row, leaves: dict[str, np.ndarray]) -> list[np.ndarray] | None
     return arrays
 
 
-def _size(params: dict, unused: dict[str, np.ndarray]) -> int:
+def total_bytes(params: dict, unused: dict[str, np.ndarray]) -> int:
+    """Bytes of all arrays: what an export writes, and what its ``progress`` hears of in all."""
     return sum(array.nbytes for array in [*flatten(params).values(), *unused.values()])

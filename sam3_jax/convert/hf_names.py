@@ -1,9 +1,10 @@
 """Names of the tensors in the safetensors files of Hugging Face transformers.
 
 Four classes save SAM 3: ``Sam3VideoModel`` (all of it, the file of the hub), ``Sam3Model`` (the
-detector), ``Sam3TrackerVideoModel`` (the tracker) and ``Sam3TrackerModel`` (the tracker without its
-memory). Their tensors are those of ``sam3.pt`` under other names, with q, k and v apart. So the rows
-of the one table are rewritten here into rows whose source is HF's name; the targets and kinds stay.
+detector), ``Sam3TrackerVideoModel`` (the tracker) and ``Sam3TrackerModel`` (the tracker without
+its memory). Their tensors are those of ``sam3.pt`` under other names, with q, k and v apart. So
+the rows of the one table are rewritten here into rows whose source is HF's name; targets and kinds
+stay.
 """
 
 from __future__ import annotations

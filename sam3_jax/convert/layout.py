@@ -41,16 +41,9 @@ class Layout(NamedTuple):
             part for part, own in _OWN.items() if any(target.startswith(own) for target in present)
         )
 
-    def fillable(self, target: str, parts: Collection[str]) -> bool:
-        """Whether zeros may stand for a parameter that the file lacks: HF drops the detector's
-        point prompts, and without the memory its tables are declared but never read."""
-        if target.startswith("geometry/point_"):
-            return not self.is_release
-        return "memory" not in parts and target in (
-            "tracker/no_object_pointer",
-            "tracker/no_object_embed",
-            "tracker/memory_time_embed",
-        )
+    def fillable(self, target: str) -> bool:
+        """Whether zeros may stand for a parameter: HF has no point prompts of the detector."""
+        return target.startswith("geometry/point_") and not self.is_release
 
 
 def release_layout(config: ModelConfig) -> Layout:
@@ -70,8 +63,6 @@ def hf_layout(name: str, config: ModelConfig) -> Layout:
         rename = hf_names.tracker_name
         parts = ("interactive", "memory") if name == "Sam3TrackerVideoModel" else ("interactive",)
     rows = [row for row in hf_names.hf_rows(config) if in_parts(row.targets[0], parts)]
-    if name == "Sam3TrackerModel":
-        rows = [row for row in rows if not _is_memory_table(row)]
     unused = [item for item in hf_names.hf_unused(config) if unused_in_parts(item.stored, parts)]
     copies = {hf_names.GAUSSIAN_COPY: hf_names.GAUSSIAN} if "interactive" in parts else {}
     return Layout(
@@ -80,10 +71,6 @@ def hf_layout(name: str, config: ModelConfig) -> Layout:
         [item._replace(source=rename(item.source)) for item in unused],
         {rename(copy): rename(original) for copy, original in copies.items()},
     )
-
-
-def _is_memory_table(row: Row) -> bool:
-    return row.targets[0].startswith("tracker/no_object") or "memory_time" in row.targets[0]
 
 
 def unused_in_parts(stored: str, parts: Collection[str]) -> bool:

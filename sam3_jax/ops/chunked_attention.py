@@ -71,13 +71,20 @@ def pad_to(x: Array | None, axis: int, size: int) -> Array | None:
     return jnp.pad(x, widths)
 
 
-def _cut(x: Operands, axes: Operands, count: int) -> Operands:
-    """``count`` equal parts of every operand that has an axis, on a new leading axis."""
+def _cut(x: Operands, axes: Operands, count: int, squeeze: bool) -> Operands:
+    """``count`` equal parts of every operand that has an axis, on a new leading axis.
+
+    ``squeeze``: parts of one entry lose the axis.
+    """
 
     def cut(leaf: Array | None, axis: int | None) -> Array | None:
         if leaf is None or axis is None:
             return None
-        shape = leaf.shape[:axis] + (count, leaf.shape[axis] // count) + leaf.shape[axis + 1 :]
+        axis %= leaf.ndim
+        size = leaf.shape[axis] // count
+        if squeeze and size == 1:
+            return jnp.moveaxis(leaf, axis, 0)
+        shape = (*leaf.shape[:axis], count, size, *leaf.shape[axis + 1 :])
         return jnp.moveaxis(leaf.reshape(shape), axis, 0)
 
     return Operands(*map(cut, x, axes))
@@ -89,14 +96,24 @@ def _merge(parts: Operands, x: Operands) -> Operands:
 
 
 def _each(
-    f: Callable[[Operands], Array], count: int, x: Operands, axes: Operands, out_axis: int
+    f: Callable[[Operands], Array],
+    count: int,
+    x: Operands,
+    axes: Operands,
+    *,
+    squeeze: bool = False,
 ) -> Array:
-    """f over ``count`` parts of the operands, one after the other, joined on ``out_axis``."""
-    if count == 1:
+    """f over ``count`` parts of the operands, one after the other, joined on the axis of q."""
+    squeeze = squeeze and x.q.shape[axes.q] == count
+    if count == 1 and not squeeze:
         return f(x)
-    out = lax.map(lambda parts: f(_merge(parts, x)), _cut(x, axes, count))
-    out = jnp.moveaxis(out, 0, out_axis)
-    return out.reshape(*out.shape[:out_axis], -1, *out.shape[out_axis + 2 :])
+    parts = _cut(x, axes, count, squeeze)
+    if count == 1:
+        return jnp.expand_dims(f(_merge(jax.tree.map(lambda y: y[0], parts), x)), axes.q)
+    out = lax.map(lambda part: f(_merge(part, x)), parts)
+    axis = axes.q % x.q.ndim
+    out = jnp.moveaxis(out, 0, axis)
+    return out if squeeze else out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
 
 
 def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Array, "b n h d"]:
@@ -110,30 +127,36 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     rows, cols = ceil_div(n, row_tiles), ceil_div(m, col_tiles)
     heads = largest_divisor(h, tiles.scores // (rows * cols))
     batch = largest_divisor(b, tiles.scores // (rows * cols * h)) if heads == h else 1
-    x = _with_positions(x, row_tiles * rows, col_tiles * cols)
+    body = functools.partial(
+        _rows_block, causal=causal, rate=rate, col_tiles=col_tiles, barrier=tiles.barrier
+    )
 
-    def head_block(x: Operands) -> Array:
-        flat = _squeeze(x, batch, heads)
-        lead = flat.q.ndim - 2
-        axes = Operands(lead, None, None, lead, None, None, 0)
-        body = functools.partial(
-            _rows_block, causal=causal, rate=rate, col_tiles=col_tiles, barrier=tiles.barrier
-        )
-        return _each(body, row_tiles, flat, axes, lead).reshape(x.q.shape)
+    def head_block(x: Operands) -> Array:  # q (batch, heads, n, d), axes of one entry left out
+        return _each(body, row_tiles, x, Operands(-2, None, None, -2, rows=0))
 
-    def batch_block(x: Operands) -> Array:
-        # Here and not outside of the loop: a transpose of everything is bound by memory.
-        q, k, v = (jnp.swapaxes(y, 1, 2) for y in x[:3])
+    def batch_block(x: Operands) -> Array:  # q (batch, n, h, d), or (n, h, d)
+        # Here and not outside of the loop, where it would be bound by memory.
+        q, k, v = (jnp.swapaxes(y, -3, -2) for y in x[:3])
         if q.dtype == jnp.float32:  # saves a pass over the scores
             q *= q.shape[-1] ** -0.5
+        bias_axis = None
+        if x.bias is not None:
+            x, bias_axis = (x, -3) if x.bias.shape[-3] == h else (_drop(x, -3, heads), None)
         x = x._replace(q=q, k=k, v=v)
-        shared = x.bias is not None and x.bias.shape[1] == 1
-        axes = Operands(1, 1, 1, None if shared else 1, None, 1)
-        return jnp.swapaxes(_each(head_block, h // heads, x, axes, 1), 1, 2)
+        axes = Operands(-3, -3, -3, bias_axis, keys=-1)
+        return jnp.swapaxes(_each(head_block, h // heads, x, axes, squeeze=True), -3, -2)
 
-    shared = x.bias is not None and x.bias.shape[0] == 1
-    axes = Operands(0, 0, 0, None if shared else 0, 0, 0)
-    return _each(batch_block, b // batch, x, axes, 0)[:, :n]
+    x = _with_positions(x, row_tiles * rows, col_tiles * cols)
+    bias_axis = None
+    if x.bias is not None:
+        x, bias_axis = (x, 0) if x.bias.shape[0] == b else (_drop(x, 0, batch), None)
+    axes = Operands(0, 0, 0, bias_axis, 0, 0)
+    return _each(batch_block, b // batch, x, axes, squeeze=True)[:, :n]
+
+
+def _drop(x: Operands, axis: int, size: int) -> Operands:
+    """x with the broadcast axis of its bias left out where the parts lose that axis (size 1)."""
+    return x._replace(bias=x.bias.squeeze(axis)) if size == 1 else x
 
 
 def _with_positions(x: Operands, n: int, m: int) -> Operands:
@@ -152,24 +175,6 @@ def _with_positions(x: Operands, n: int, m: int) -> Operands:
     )
 
 
-def _squeeze(x: Operands, batch: int, heads: int) -> Operands:
-    """x without those of its two leading axes (batch, heads) that have one entry."""
-    kept = [i for i, size in enumerate((batch, heads)) if size > 1]
-
-    def lead(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(shape[i] for i in kept)
-
-    q, k, v = (y.reshape(*lead(y.shape), *y.shape[2:]) for y in x[:3])
-    bias, mask, keys = x.bias, x.key_mask, x.keys
-    if bias is not None:
-        bias = bias.reshape(*lead(bias.shape), *bias.shape[2:])
-    if mask is not None:
-        mask = mask.reshape(*lead((batch, 1)), 1, -1)
-    if keys is not None:
-        keys = keys.reshape(lead(keys.shape))
-    return x._replace(q=q, k=k, v=v, bias=bias, key_mask=mask, keys=keys)
-
-
 def _rows_block(
     x: Operands, *, causal: bool, rate: float, col_tiles: int, barrier: bool
 ) -> Float[Array, "*h n d"]:
@@ -184,11 +189,11 @@ def _rows_block(
     if col_tiles == 1:
         out, _, total = tile(first, x)
     else:
-        lead = x.k.ndim - 2
-        axes = Operands(None, lead, lead, lead + 1, lead + 1, None, None, 0)
-        moving = _cut(x, axes, col_tiles)
+        axes = Operands(None, -2, -2, -1, -1, cols=0)
         (out, _, total), _ = lax.scan(
-            lambda state, parts: (tile(state, _merge(parts, x)), None), first, moving
+            lambda state, part: (tile(state, _merge(part, x)), None),
+            first,
+            _cut(x, axes, col_tiles, squeeze=False),
         )
     return (out / jnp.where(total == 0, 1, total)).astype(x.q.dtype)
 
@@ -208,7 +213,8 @@ def _tile(
     if x.bias is not None:
         s += x.bias
     if x.key_mask is not None:
-        s = jnp.where(x.key_mask, s, -jnp.inf)
+        between = range(x.key_mask.ndim - 1, s.ndim - 1)  # heads and queries
+        s = jnp.where(jnp.expand_dims(x.key_mask, between), s, -jnp.inf)
     if causal:
         s = jnp.where(x.rows[:, None] >= x.cols, s, -jnp.inf)
     # The maximum only scales numerator and denominator alike: no gradient.

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from sam3_jax.ops.chunked_attention import Operands, ceil_div, largest_divisor, pad_to
 
-# Splash: multiples of 128 up to this many queries or keys a block. 5184 is padded to 5376 = 6 x 896,
-# windows of 576 to 640 = 1 x 640. jax's default of 128 is several times slower.
+# Splash: queries or keys a block, at most. 5184 is padded to 5376 = 6 x 896, windows of 576 to 640.
+# jax's default of 128 leaves the matrix unit idle between blocks.
 SPLASH_BLOCK = 1024
 SPLASH_LANES = 128
 
@@ -71,6 +71,8 @@ def splash(x: Operands, *, causal: bool, interpret: bool) -> Float[Array, "b n h
         SPLASH_LANES * largest_divisor(size // SPLASH_LANES, SPLASH_BLOCK // SPLASH_LANES)
         for size in (n_pad, m_pad)
     )
+    # Small heads as the minor axis would be padded to 128 lanes: three times the memory.
+    layout = splash_kernel.QKVLayout["SEQ_MINOR" if d % SPLASH_LANES else "HEAD_DIM_MINOR"]
     mask = (splash_mask.CausalMask if causal else splash_mask.FullMask)((n_pad, m_pad))
     kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([mask] * h),
@@ -81,6 +83,9 @@ def splash(x: Operands, *, causal: bool, interpret: bool) -> Float[Array, "b n h
             block_kv_dkv=cols,
             block_q_dq=rows,
             block_kv_dq=cols,
+            q_layout=layout,
+            k_layout=layout,
+            v_layout=layout,
         ),
         interpret=interpret,
     )

@@ -1,18 +1,15 @@
-"""Our parameter tree from a transformers model: one set of weights for both sides of a test."""
+"""Our parameters from a transformers model in memory."""
 
 from __future__ import annotations
 
-import re
-
-import flax.traverse_util
 import numpy as np
 import torch
 
+from sam3_jax.checkpoint import flatten, unflatten
 from sam3_jax.config import ModelConfig
-from sam3_jax.convert import hf_layouts, table
+from sam3_jax.convert.convert import match
+from sam3_jax.convert.layout import hf_layout
 from sam3_jax.models.detector import init_shapes
-
-_ENTRY = re.compile(r"(.*)\[(\d+)\]")  # one row of a parameter
 
 
 def params_from_hf(model: torch.nn.Module, config: ModelConfig) -> dict:
@@ -23,24 +20,11 @@ def params_from_hf(model: torch.nn.Module, config: ModelConfig) -> dict:
       config: the sizes.
 
     Returns:
-      The tree without what the class lacks: trees of several classes may be merged. No class has
-      the point branch of the geometry encoder (``geometry/point_*``).
+      The tree without the parts that the class lacks. The point branch of the geometry encoder
+      (``geometry/point_*``), which no class has, is zero.
     """
+    layout = hf_layout(type(model).__name__, config)
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    upstream = hf_layouts.to_upstream(type(model).__name__, state, config)
-    if upstream.unknown or upstream.missing:
-        raise ValueError(f"unknown tensors {upstream.unknown}, missing {upstream.missing}")
-    shapes = flax.traverse_util.flatten_dict(init_shapes(config), sep="/")
-    params: dict[str, np.ndarray] = {}
-    for row in table.build_table(config):
-        if row.source not in upstream.thunks:
-            continue
-        array, entry = upstream.thunks[row.source](), _ENTRY.fullmatch(row.targets[0])
-        if entry:
-            name, index = entry[1], int(entry[2])
-            whole = params.setdefault(name, np.empty(shapes[name].shape, np.float32))
-            whole[index] = array
-            continue
-        wanted = [shapes[target].shape for target in row.targets]
-        params.update(zip(row.targets, table.to_params(row, array, wanted), strict=True))
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in flatten(init_shapes(config)).items()}
+    matched = match(state, layout, shapes, layout.held_parts(state), layout.name)
+    return unflatten({path: np.ascontiguousarray(v) for path, v in matched.params.items()})
