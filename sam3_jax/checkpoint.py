@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,24 +32,26 @@ CONFIG = "config.json"
 GROUP_BYTES = 256 * 2**20  # written at a time, which bounds the memory that saving takes
 
 # Parts of the model that a checkpoint may hold, and the parameters of each (path prefixes).
-_TRACKER = ("vision/trunk/", "vision/tracker_neck/")
+# "image" finds concepts, "tracker" follows objects, "clicks" is the tracker without its memory.
+_BACKBONE = ("vision/trunk/", "vision/tracker_neck/")
 _DETECTOR = "text geometry fusion decoder scoring segmentation".split()
 PARTS: dict[str, tuple[str, ...]] = {
     "image": ("vision/trunk/", "vision/detector_neck/", *(f"{name}/" for name in _DETECTOR)),
-    "interactive": (
-        *_TRACKER,
+    "tracker": (*_BACKBONE, "tracker/"),
+    "clicks": (
+        *_BACKBONE,
         "tracker/prompt_encoder/",
         "tracker/mask_decoder/",
         "tracker/no_memory_embed/",
     ),
-    "memory": (*_TRACKER, "tracker/"),
 }
+WHOLE = ("image", "tracker")
 
 # Parameters of which nothing but their rounding to the compute dtype is ever used.
 _COMPUTE_ONLY = re.compile(r"^(vision|text)/.*/kernel$")
 
 # Field of the configuration, a parameter (or a numbered module), and which of its axes has that
-# size (None: how many there are).
+# size (None: how many there are; for the hypernetworks one more).
 _SIZES: tuple[tuple[str, str, int | None], ...] = (
     ("vision.patch_size", "vision/trunk/patch_embed/kernel", 0),
     ("vision.dim", "vision/trunk/patch_embed/kernel", 3),
@@ -81,6 +84,7 @@ _SIZES: tuple[tuple[str, str, int | None], ...] = (
     ("sam.num_heads", "tracker/mask_decoder/blocks_0/self_attn/q/kernel", 1),
     ("sam.mlp_dim", "tracker/mask_decoder/blocks_0/mlp/fc1/kernel", 1),
     ("sam.mask_channels", "tracker/prompt_encoder/mask_conv_1/kernel", 3),
+    ("sam.num_multimask", "tracker/mask_decoder/hypernetworks_", None),
     ("memory.dim", "tracker/memory_time_embed/embedding", 1),
     ("memory.num_maps", "tracker/memory_time_embed/embedding", 0),
     ("memory.attention_depth", "tracker/memory_attention/layer_", None),
@@ -132,8 +136,9 @@ def save(
     *,
     unused: dict[str, np.ndarray] | None = None,
     metadata: dict[str, Any] | None = None,
-    parts: Sequence[str] = tuple(PARTS),
+    parts: Sequence[str] = WHOLE,
     dtype: Any = None,
+    overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes a checkpoint, all of it or nothing.
@@ -141,13 +146,14 @@ def save(
     Needs little memory beside the arrays themselves, which may be views of mapped files.
 
     Args:
-      path: folder to make; it must not exist, or be empty.
+      path: folder to make.
       params: nested dictionary of arrays (NumPy, or jax that this process can address).
       config: the model they belong to.
       unused: further arrays by name, stored as they are.
       metadata: anything JSON can hold about their origin.
       parts: which of :data:`PARTS` the parameters make up.
       dtype: what the parameters are cast to; None keeps them.
+      overwrite: replace a checkpoint that is there; anything else is never replaced.
       progress: called with the number of bytes after each group of arrays.
 
     Raises:
@@ -165,7 +171,8 @@ def save(
         "model": config_lib.to_dict(config),
         "metadata": metadata or {},
     }
-    with staging_folder(target, need) as folder:
+    replace = overwrite and is_checkpoint(target)
+    with staging_folder(target, need, replace=replace) as folder:
         _write_arrays(folder / "params", leaves, cast, progress)
         if kept:
             _write_arrays(folder / "unused", kept, None, progress)
@@ -173,18 +180,22 @@ def save(
 
 
 @contextlib.contextmanager
-def staging_folder(target: Path, need: int, *, file: bool = False) -> Iterator[Path]:
+def staging_folder(
+    target: Path, need: int, *, file: bool = False, replace: bool = False
+) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place if all goes well, and vanishes if not.
 
     Args:
-      target: must not exist, or be an empty folder.
+      target: must not exist or be an empty folder, unless it is to be replaced.
       need: bytes that will be written.
       file: the target is the file of its name in the folder, not the folder.
+      replace: what is there goes away, after the new one is complete.
 
     Raises:
       CheckpointError: when the place is taken, the disk is too small, or writing fails.
     """
-    if target.exists() and (file or not target.is_dir() or any(target.iterdir())):
+    taken = target.exists() and (file or not target.is_dir() or any(target.iterdir()))
+    if taken and not replace:
         raise CheckpointError(f"{target}: exists already; choose another output or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,13 +211,36 @@ def staging_folder(target: Path, need: int, *, file: bool = False) -> Iterator[P
     try:
         folder.mkdir()
         yield folder
-        os.replace(folder / target.name if file else folder, target)
+        _put_in_place(folder / target.name if file else folder, target)
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore has its own for a full disk
         raise CheckpointError(
             f"{target}: writing failed, nothing was kept: {_first_line(error)}"
         ) from error
     finally:
+        _remove(folder)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    if not target.exists() or target.is_file():
+        os.replace(new, target)
+        return
+    old = new.with_name(f"{new.name}.old")  # a folder only replaces an empty one
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that threads of a failed write may still be adding files to."""
+    for _ in range(20):
+        if not folder.exists():
+            return
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -275,7 +309,7 @@ def load(
     config = _read_model(folder, description)
     held = list(description["parts"])
     for part in parts or ():
-        if part not in held:
+        if part not in held and not (part == "clicks" and "tracker" in held):
             raise CheckpointError(
                 f"{folder}: has no {part!r} part, only {', '.join(held)}; convert the full weights "
                 "again with --part all"
@@ -399,7 +433,7 @@ def _check_sizes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int,
     for field, path, axis in _SIZES:
         if axis is None:
             numbers = {n[len(path) :].split("/")[0] for n in shapes if n.startswith(path)}
-            actual = len(numbers)
+            actual = len(numbers) - (field == "sam.num_multimask" and bool(numbers))
         else:
             shape = shapes.get(path, ())
             actual = shape[axis] if axis < len(shape) else 0

@@ -95,14 +95,15 @@ class ConceptFigures(NamedTuple):
 def concept_figures(raw: RawOutput, size: tuple[int, int], threshold: float) -> ConceptFigures:
     """The figures of one prompt's raw outputs. ``size``: height and width of the image."""
     order = np.argsort(-raw.pred_logits, kind="stable")
-    scores = postprocess.instance_scores(raw.pred_logits, raw.presence_logits)
-    first = np.flatnonzero(scores > threshold)[0]
+    presence = np.reshape(raw.presence_logits, 1)
+    (scores,) = postprocess.instance_scores(raw.pred_logits[None], presence)
+    best, first = order[0], np.flatnonzero(scores > threshold)[0]
     return ConceptFigures(
         raw.pred_logits[order[:3]],
-        postprocess.boxes_to_pixels(raw.pred_boxes[order[0]], (1, 1)),
-        raw.pred_masks[order[0], :3, :3],
+        postprocess.boxes_to_pixels(raw.pred_boxes[best : best + 1], (1, 1))[0],
+        raw.pred_masks[best, :3, :3],
         scores[first],
-        postprocess.boxes_to_pixels(raw.pred_boxes[first], size),
+        postprocess.boxes_to_pixels(raw.pred_boxes[first : first + 1], size)[0],
     )
 
 

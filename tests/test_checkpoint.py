@@ -42,7 +42,7 @@ def saved(params: dict, tmp_path: Path) -> Path:
     tracker = {"tracker": params["tracker"], "vision": {"trunk": params["vision"]["trunk"]}}
     tracker["vision"]["tracker_neck"] = params["vision"]["tracker_neck"]
     unused = {"tracker.no_mem_pos_enc": np.ones((1, 1, 32), np.float32)}
-    parts = ("interactive", "memory")
+    parts = ("tracker",)
     path = tmp_path / "ckpt"
     save(path, tracker, config.tiny(), unused=unused, parts=parts, metadata={"from": "a test"})
     return path
@@ -72,7 +72,7 @@ def test_what_is_saved_is_loaded(params: dict, tmp_path: Path, monkeypatch: pyte
     loaded = load(path)
     assert_trees_equal(loaded.params, params)
     assert loaded.config == model
-    assert loaded.metadata == {"a": [1], "parts": ["image", "interactive", "memory"]}
+    assert loaded.metadata == {"a": [1], "parts": ["image", "tracker"]}
     assert_trees_equal(checkpoint.load_unused(path), unused)
     assert len(bytes_heard) > 4
     total = sum(leaf.nbytes for leaf in [*flatten(params).values(), *unused.values()])
@@ -81,23 +81,37 @@ def test_what_is_saved_is_loaded(params: dict, tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in path.parent.iterdir()] == ["ckpt"]  # nothing temporary is left
 
 
-def test_dtypes(params: dict, tmp_path: Path):
-    half = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params["scoring"])
-    save(tmp_path / "ckpt", {"scoring": half}, config.tiny(), parts=("image",), dtype=np.float32)
-    loaded = load(tmp_path / "ckpt").params
-    assert_trees_equal(loaded, {"scoring": jax.tree.map(lambda a: a.astype(np.float32), half)})
-    assert_trees_equal(load(tmp_path / "ckpt", dtype=jnp.bfloat16).params, {"scoring": half})
+def cast(tree: dict, dtype: np.dtype) -> dict:
+    return jax.tree.map(lambda a: np.asarray(a).astype(dtype), tree)
+
+
+def test_casting_while_saving(params: dict, tmp_path: Path):
+    half = cast({"scoring": params["scoring"]}, ml_dtypes.bfloat16)
+    save(tmp_path / "same", half, config.tiny(), parts=("image",))
+    assert_trees_equal(load(tmp_path / "same").params, half)
+    save(tmp_path / "cast", half, config.tiny(), parts=("image",), dtype=np.float32)
+    assert_trees_equal(load(tmp_path / "cast").params, cast(half, np.float32))
+
+
+def test_backbone_matrices_in_half_precision(saved: Path):
+    whole, half = flatten(load(saved).params), flatten(load(saved, dtype=jnp.bfloat16).params)
+    for path, array in half.items():
+        matrix = path.startswith("vision/") and path.endswith("/kernel")
+        dtype = np.dtype(jnp.bfloat16 if matrix else np.float32)
+        assert array.dtype == dtype, path
+        np.testing.assert_array_equal(array, whole[path].astype(dtype), err_msg=path)
+    assert {str(array.dtype) for array in half.values()} == {"bfloat16", "float32"}
 
 
 def test_parts(saved: Path):
-    loaded = load(saved, parts=("interactive",))
-    assert loaded.metadata["parts"] == ["interactive"]
+    loaded = load(saved, parts=("clicks",))
+    assert loaded.metadata["parts"] == ["clicks"]
     assert loaded.params["vision"].keys() == {"trunk", "tracker_neck"}
     assert loaded.params["tracker"].keys() == {"prompt_encoder", "mask_decoder", "no_memory_embed"}
     whole = flatten(load(saved).params)
     for path, array in flatten(loaded.params).items():
         np.testing.assert_array_equal(array, whole[path])
-    with pytest.raises(CheckpointError, match=r"no 'image' part, only interactive, memory.*--part"):
+    with pytest.raises(CheckpointError, match=r"no 'image' part, only tracker.*--part all"):
         load(saved, parts=("image",))
 
 
@@ -111,11 +125,9 @@ def test_sharded_load(saved: Path):
     split = 0
     for path, array in flatten(loaded).items():
         assert array.sharding == expected[path], path
-        assert array.dtype == jnp.bfloat16
         split += array.addressable_shards[0].data.size < array.size
     assert split > 20
-    cast = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), whole)
-    assert_trees_equal(jax.tree.map(np.asarray, loaded), cast)
+    assert_trees_equal(jax.tree.map(np.asarray, loaded), load(saved, dtype=jnp.bfloat16).params)
 
 
 def test_flatten_and_unflatten(params: dict):
@@ -221,6 +233,27 @@ def test_a_taken_place_is_left_alone(params: dict, tmp_path: Path):
     with pytest.raises(CheckpointError, match="file: exists already"):
         save(tmp_path / "file", {"scoring": params["scoring"]}, config.tiny())
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "file"])
+
+
+def test_overwrite(params: dict, tmp_path: Path):
+    path = tmp_path / "ckpt"
+    save(path, {"scoring": params["scoring"]}, config.tiny(), unused={"a": np.ones(2)})
+    new = cast({"scoring": params["scoring"]}, np.float16)
+    save(path, new, config.tiny(), overwrite=True)
+    assert_trees_equal(load(path).params, new)
+    assert checkpoint.load_unused(path) == {}
+    assert list(tmp_path.iterdir()) == [path]
+
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(path, params, config.tiny(), overwrite=True, progress=interrupt)
+    assert_trees_equal(load(path).params, new)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match="mine: exists already"):
+        save(tmp_path / "mine", new, config.tiny(), overwrite=True)
 
 
 def test_a_disk_that_is_too_small(params: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

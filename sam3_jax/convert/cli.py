@@ -54,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", required=True, metavar="INPUT", help="weights: a file, folder, or hub id")
-    add("--output", required=True, metavar="OUTPUT", help="what to make; must not exist yet")
+    add("--output", required=True, metavar="OUTPUT", help="what to make")
+    add("--overwrite", action="store_true", help="replace OUTPUT if it is of this command")
     add(
         "--part",
         choices=PARTS,
@@ -113,14 +114,22 @@ def _convert(args: argparse.Namespace) -> None:
     start = time.monotonic()
     config = _read_config(args.config) if args.config else None
     source = open_source(args.input)
-    report = convert(source, args.output, part=args.part, config=config, progress=progress_bar)
+    report = convert(
+        source,
+        args.output,
+        part=args.part,
+        config=config,
+        overwrite=args.overwrite,
+        progress=progress_bar,
+    )
     print(
         f"{args.output}: {report.parameters / 1e6:.1f}M parameters from {report.layout} names, "
         f"parts {', '.join(report.parts)}, {report.unused} unused tensors kept, "
         f"{time.monotonic() - start:.0f} s"
     )
     if report.missing_parts:
-        print(f"note: {args.input} has no {' and no '.join(report.missing_parts)} part")
+        partly = " (only what clicks on images need)" if "clicks" in report.parts else ""
+        print(f"note: {args.input} has no whole {' or '.join(report.missing_parts)} part{partly}")
     if report.left_out:
         print(f"note: {report.left_out} tensors belong to parts that were not converted")
     if report.zero_filled:
@@ -152,10 +161,11 @@ def _export(args: argparse.Namespace) -> None:
     unused = checkpoint.load_unused(args.input)
     progress = progress_bar("writing", export.total_bytes(loaded.params, unused))
     weights = (loaded.params, unused, loaded.config)
+    options = {"overwrite": args.overwrite, "progress": progress}
     if args.to_torch:
-        export.write_sam3_pt(args.output, *weights, progress=progress)
+        export.write_sam3_pt(args.output, *weights, **options)
     else:
-        export.write_hf(args.output, *weights, args.to_hf, progress=progress)
+        export.write_hf(args.output, *weights, args.to_hf, **options)
     print(f"{args.output}: parts {', '.join(loaded.metadata['parts'])} of {args.input}")
     if args.to_torch and loaded.metadata.get("layout", "sam3.pt") != "sam3.pt":
         print(

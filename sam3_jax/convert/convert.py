@@ -23,9 +23,9 @@ from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, Row, Shape, source_shap
 from sam3_jax.models.detector import init_shapes
 
 PART_CHOICES = {
-    "all": tuple(checkpoint.PARTS),
+    "all": ("image", "tracker"),
     "image": ("image",),
-    "tracker": ("interactive", "memory"),
+    "tracker": ("tracker",),
 }
 HF_LAYER_NORM_EPS = 1e-6  # of the ViT in transformers' own default configuration
 _FLOATS = {np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)}
@@ -58,6 +58,7 @@ def convert(
     *,
     part: str = "all",
     config: ModelConfig | None = None,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
     """Writes the checkpoint of some weights.
@@ -67,6 +68,7 @@ def convert(
       output: folder to make.
       part: "all", "image" (concept prompts) or "tracker" (clicks and video).
       config: sizes of the model; None: HF's config.json if there is one, else the released ones.
+      overwrite: replace a checkpoint at ``output``.
       progress: starts a progress bar for each of the two long steps.
 
     Raises:
@@ -77,7 +79,7 @@ def convert(
     config = _configuration(source, tensors, config)
     layout = find_layout(tensors, config, source.name)
     held = layout.held_parts(tensors)
-    parts = tuple(name for name in PART_CHOICES[part] if name in held)
+    parts = tuple(name for name in held if name.replace("clicks", "tracker") in PART_CHOICES[part])
     if not parts:
         raise ConversionError(
             f"{source.name}: has nothing of the part {part!r}, only {', '.join(held) or 'nothing'}"
@@ -100,12 +102,13 @@ def convert(
         metadata=metadata,
         parts=parts,
         dtype=np.float32,
+        overwrite=overwrite,
         progress=progress("writing", total),
     )
     return Report(
         layout=layout.name,
         parts=parts,
-        missing_parts=tuple(name for name in PART_CHOICES[part] if name not in held),
+        missing_parts=tuple(name for name in PART_CHOICES[part] if name not in parts),
         parameters=sum(array.size for array in matched.params.values()),
         unused=len(matched.unused),
         zero_filled=tuple(matched.zero_filled),

@@ -18,6 +18,7 @@ from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, Row, from_params
 from sam3_jax.convert.torch_write import write_torch
 
 HF_LAYOUTS = tuple(MODEL_TYPES)
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def torch_tensors(
@@ -59,6 +60,7 @@ def write_sam3_pt(
     unused: dict[str, np.ndarray],
     config: ModelConfig,
     *,
+    overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes a file that ``torch.load`` reads, with the names of ``sam3.pt``.
@@ -67,7 +69,8 @@ def write_sam3_pt(
       CheckpointError: when it exists or cannot be written.
     """
     target = Path(path).absolute()
-    with staging_folder(target, total_bytes(params, unused), file=True) as folder:
+    replace = overwrite and target.is_file()
+    with staging_folder(target, total_bytes(params, unused), file=True, replace=replace) as folder:
         tensors = torch_tensors(params, unused, config)
         write_torch(folder / target.name, tensors, progress)
 
@@ -109,6 +112,7 @@ def write_hf(
     config: ModelConfig,
     layout: str,
     *,
+    overwrite: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes a folder that ``layout.from_pretrained`` reads: config.json and model.safetensors.
@@ -119,10 +123,13 @@ def write_hf(
     """
     tensors = to_hf_tensors(params, unused, config, layout)
     size = sum(array.nbytes for array in tensors.values())
-    with staging_folder(Path(path).absolute(), size) as folder:
-        write_safetensors(folder / "model.safetensors", tensors, progress)
+    target = Path(path).absolute()
+    # Replaced is only what looks like this function's own work.
+    replace = overwrite and {file.name for file in target.glob("*")} == {_WEIGHTS, _CONFIG}
+    with staging_folder(target, size, replace=replace) as folder:
+        write_safetensors(folder / _WEIGHTS, tensors, progress)
         description = write_hf_config(config, layout)
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        (folder / _CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _targets(row: Row, leaves: dict[str, np.ndarray]) -> list[np.ndarray] | None:

@@ -12,11 +12,11 @@ from sam3_jax.convert.errors import ConversionError
 from sam3_jax.convert.hf_names import Unused
 from sam3_jax.convert.table import Row, build_table, unused_names
 
-# Parameters that only the named part of a checkpoint has.
+# Parameters of which at least one is there if a file has anything of the part at all.
 _OWN = {
     "image": ("text/", "geometry/", "fusion/", "decoder/", "scoring/", "segmentation/"),
-    "interactive": ("tracker/prompt_encoder/", "tracker/mask_decoder/"),
-    "memory": ("tracker/memory_attention/", "tracker/memory_encoder/"),
+    "tracker": ("tracker/memory_attention/", "tracker/memory_encoder/"),
+    "clicks": ("tracker/prompt_encoder/", "tracker/mask_decoder/"),
 }
 RELEASE = "sam3.pt"
 
@@ -35,11 +35,11 @@ class Layout(NamedTuple):
         return self.name == RELEASE
 
     def held_parts(self, names: Collection[str]) -> tuple[str, ...]:
-        """Parts of the model of which at least one own tensor is among the names."""
+        """Parts of the model that a file with these names has something of; "clicks" only where
+        it lacks the rest of the tracker."""
         present = [target for row in self.rows if row.source in names for target in row.targets]
-        return tuple(
-            part for part, own in _OWN.items() if any(target.startswith(own) for target in present)
-        )
+        held = [part for part, own in _OWN.items() if any(t.startswith(own) for t in present)]
+        return tuple(part for part in held if part != "clicks" or "tracker" not in held)
 
     def fillable(self, target: str) -> bool:
         """Whether zeros may stand for a parameter: HF has no point prompts of the detector."""
@@ -56,15 +56,15 @@ def hf_layout(name: str, config: ModelConfig) -> Layout:
     """The names of one of transformers' four classes."""
     rename: Callable[[str], str]
     if name == "Sam3VideoModel":
-        rename, parts = str, ("image", "interactive", "memory")
+        rename, parts = str, ("image", "tracker")
     elif name == "Sam3Model":
         rename, parts = hf_names.detector_name, ("image",)
     else:
         rename = hf_names.tracker_name
-        parts = ("interactive", "memory") if name == "Sam3TrackerVideoModel" else ("interactive",)
+        parts = ("tracker",) if name == "Sam3TrackerVideoModel" else ("clicks",)
     rows = [row for row in hf_names.hf_rows(config) if in_parts(row.targets[0], parts)]
     unused = [item for item in hf_names.hf_unused(config) if unused_in_parts(item.stored, parts)]
-    copies = {hf_names.GAUSSIAN_COPY: hf_names.GAUSSIAN} if "interactive" in parts else {}
+    copies = {hf_names.GAUSSIAN_COPY: hf_names.GAUSSIAN} if parts != ("image",) else {}
     return Layout(
         name,
         [row._replace(source=rename(row.source)) for row in rows],
@@ -78,9 +78,9 @@ def unused_in_parts(stored: str, parts: Collection[str]) -> bool:
     if ".trunk." in stored:
         return True
     if stored.startswith("tracker."):
-        return "memory" in parts
+        return "tracker" in parts
     if ".sam2_convs." in stored:
-        return "interactive" in parts or "memory" in parts
+        return "tracker" in parts or "clicks" in parts
     return "image" in parts
 
 

@@ -54,7 +54,9 @@ class FusionEncoder(nn.Module):
                 total_repeat_length=pos.shape[0],
             )
         pos = pos[None]
-        layer = nn.remat(CrossAttentionLayer) if cfg.remat else CrossAttentionLayer
+        layer = CrossAttentionLayer
+        if cfg.remat:
+            layer = nn.remat(layer, static_argnums=(7,))  # deterministic
         x = x.astype(jnp.float32)
         for i in range(cfg.depth):
             x = layer(
@@ -65,5 +67,5 @@ class FusionEncoder(nn.Module):
                 xavier=True,
                 dtype=self.dtype,
                 name=f"layer_{i}",
-            )(x, prompt, pos=pos, memory_mask=prompt_mask, deterministic=deterministic)
+            )(x, prompt, pos, None, None, prompt_mask, deterministic)
         return x, pos

@@ -361,7 +361,6 @@ class CrossAttentionLayer(nn.Module):
         self,
         x: Float[Array, "b n d"],
         memory: Float[Array, "b m d"],
-        *,
         pos: Float[Array, "#b n d"] | None = None,
         memory_pos: Float[Array, "#b m d"] | None = None,
         mask: Bool[Array, "b n"] | None = None,
