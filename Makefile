@@ -1,10 +1,13 @@
 # `make test` and `make test-full` work on a fresh machine: they make .venv, install, and run.
-# Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS.
+# Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS,
+# JOBS (test processes).
 
 PYTHON ?= python3
 # PyPI's torch for Linux brings 3 GB of CUDA; the index that pytorch.org names for CPU does not.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Quick tests compile more than they compute: two at a time. Slow ones need the memory.
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
@@ -18,7 +21,7 @@ help:  ## show this list
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
 
 test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

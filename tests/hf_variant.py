@@ -54,17 +54,20 @@ class HfSam3(Sam3):
             return super().ground(*args, **kwargs)
 
 
+def hf_settings(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+    """Parameters and configuration for :class:`HfSam3`; the arguments stay as they are."""
+    config = copy.deepcopy(config)
+    config.vision.layer_norm_eps = LAYER_NORM_EPS
+    nothing = jax.tree.map(jnp.zeros_like, params["tracker"]["no_memory_embed"])
+    return params | {"tracker": params["tracker"] | {"no_memory_embed": nothing}}, config
+
+
 class HfPredictor(ImagePredictor):
     """Float32 predictor with all of the departures; see the module."""
 
     def __init__(self, params: dict, config: ModelConfig):
-        config, params = copy.deepcopy(config), dict(params)
-        config.vision.layer_norm_eps = LAYER_NORM_EPS
-        if "tracker" in params:
-            nothing = jax.tree.map(jnp.zeros_like, params["tracker"]["no_memory_embed"])
-            params["tracker"] = params["tracker"] | {"no_memory_embed": nothing}
         with mock.patch.object(image, "Sam3", HfSam3):
-            super().__init__(params, config, dtype="float32")
+            super().__init__(*hf_settings(params, config), dtype="float32")
 
     def _ground(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, RawOutput]]:
         for count, out in super()._ground(prompts):

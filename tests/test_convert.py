@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import oracle
 from sam3_jax import checkpoint, config
 from sam3_jax.checkpoint import CheckpointError, flatten, load, load_unused
-from sam3_jax.config import ModelConfig
 from sam3_jax.convert import cli, hf_names
 from sam3_jax.convert.convert import convert
 from sam3_jax.convert.errors import ConversionError
@@ -186,9 +186,7 @@ LINEAR = "detector.transformer.encoder.layers.1.linear1"
 STRICT: dict[str, tuple[Callable[[dict], object], list[str]]] = {
     "missing": (
         lambda s: s.pop(f"{LINEAR}.weight"),
-        [
-            rf"1 problem, nothing was written\n  - {LINEAR}.weight is missing \(fusion/layer_1/ffn/fc1"
-        ],
+        [rf"1 problem, nothing was written\n  - {LINEAR}.weight is missing \(fusion/layer_1/"],
     ),
     "extra": (
         lambda s: s.update({"detector.adapter.weight": torch.zeros(2, 3)}),
@@ -340,7 +338,7 @@ def test_a_checkpoint_for_clicks_alone_works(hf_folders: dict[str, Path], tmp_pa
     loaded = load(tmp_path / "ckpt")
     model = Sam3(loaded.config)
     pixels = jnp.zeros((1, 112, 112, 3))
-    params = {"params": loaded.params}
+    params = {"params": jax.tree.map(jnp.asarray, loaded.params)}
     features = model.apply(params, pixels, detector=False, method="encode_image")
     index = jnp.zeros(1, jnp.int32)
     out = model.apply(params, features.tracker, empty_click(1, 1, (32, 32)), index, method="click")
@@ -372,7 +370,7 @@ def test_sharded_files_and_single_ones(tmp_path: Path):
         (sharded.files[0].name, r"should be in .* and is not"),
     ):
         data = json.loads(index.read_text())
-        data["weight_map"] = {k: sharded.files[0].name for k in ("mask_decoder.x",)} | {"b": change}
+        data["weight_map"] = {"a": sharded.files[0].name, "b": change}
         index.write_text(json.dumps(data))
         with pytest.raises(ConversionError, match=message):
             open_source(str(index))
@@ -592,11 +590,16 @@ def test_the_command(release: dict, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_the_command_without_torch(release: dict, tmp_path: Path):
     """Neither torch nor what brings it along is there."""
     torch.save(release, tmp_path / "sam3.pt")
-    absent = "torch safetensors transformers huggingface_hub".split()
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent}));"
-        "from sam3_jax.convert.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "safetensors", "transformers", "huggingface_hub"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from sam3_jax.convert.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
     arguments = "--input sam3.pt --output ckpt --config tiny".split()
     root = Path(__file__).parents[1]
     done = subprocess.run(

@@ -1,0 +1,179 @@
+"""Published figures of the released checkpoint, and the pictures they belong to.
+
+From the integration tests of Hugging Face transformers (tests/models/sam3 and
+tests/models/sam3_tracker in its repository), so of its variant of the model: see ``hf_variant``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hf_variant import ClickFigures, ConceptFigures
+
+_COCO = "http://images.cocodataset.org/val2017"
+_HUB = "https://huggingface.co/datasets"
+_FIXTURES = f"{_HUB}/hf-internal-testing/sam2-fixtures/resolve/main"
+_DOCUMENTATION = f"{_HUB}/huggingface/documentation-images/resolve/main/transformers/model_doc"
+# Names the files must have -> where they are.
+CAT, KITCHEN, TRUCK, GROCERIES, DOG = PICTURES = {
+    "000000077595.jpg": f"{_COCO}/000000077595.jpg",
+    "000000136466.jpg": f"{_COCO}/000000136466.jpg",
+    "truck.jpg": f"{_FIXTURES}/truck.jpg",
+    "groceries.jpg": f"{_FIXTURES}/groceries.jpg",
+    "dog-sam.png": f"{_DOCUMENTATION}/dog-sam.png",
+}
+
+
+class Concept(NamedTuple):
+    """One published concept prompt. Boxes are positive, in pixels."""
+
+    picture: str
+    text: str | None
+    boxes: tuple[tuple[int, int, int, int], ...]
+    beside_box: bool  # published from a batch in which another prompt had a box
+    threshold: float
+    figures: ConceptFigures
+
+
+def figures(logits, box, corner, score, pixel_box) -> ConceptFigures:
+    return ConceptFigures(*map(np.array, (logits, box, corner, score, pixel_box)))
+
+
+CONCEPTS = {
+    "ear": Concept(
+        *(CAT, "ear", (), False, 0.5),
+        figures(
+            [2.7182, 2.4618, -2.3020],
+            [0.4704, 0.2014, 0.5615, 0.3770],
+            [
+                [-2.1815, -6.2767, -7.0687],
+                [-5.7988, -10.2704, -10.9379],
+                [-8.5194, -10.7892, -9.9152],
+            ],
+            0.9210,
+            [402.1755, 90.1420, 459.6165, 156.3702],
+        ),
+    ),
+    "box": Concept(
+        *(CAT, None, ((100, 150, 500, 450),), False, 0.5),
+        figures(
+            [2.5988, -1.6460, -1.8699],
+            [0.1631, 0.4140, 0.7510, 0.9931],
+            [[-1.8726, -3.5063, -3.7716], [-3.1987, -5.3820, -5.6782], [-3.8850, -5.4164, -5.8604]],
+            0.9307,
+            [104.3945, 175.9433, 480.6293, 422.0826],
+        ),
+    ),
+    "laptop": Concept(
+        *(CAT, "laptop", (), True, 0.3),
+        figures(
+            [3.6865, -1.8555, -2.5854],
+            [-0.0013, 0.0016, 0.4521, 0.9964],
+            [[0.0520, 0.3121, 0.4103], [0.6820, 1.0069, 1.0949], [0.8418, 1.0318, 1.0365]],
+            0.9655,
+            [-0.8481, 0.6668, 289.3758, 423.4723],
+        ),
+    ),
+    "two boxes": Concept(
+        *(KITCHEN, None, ((59, 144, 76, 163), (87, 148, 104, 159)), False, 0.5),
+        figures(
+            [3.2071, 2.7154, 1.6198],
+            [0.1757, 0.2888, 0.2296, 0.3259],
+            [
+                [-8.6138, -14.5615, -17.9965],
+                [-13.6695, -20.4994, -25.6705],
+                [-14.9681, -23.0616, -17.0045],
+            ],
+            0.9379,
+            [86.8687, 147.5269, 104.4475, 159.6138],
+        ),
+    ),
+    "dial": Concept(
+        *(KITCHEN, "dial", (), False, 0.3),
+        figures(
+            [2.0534, 2.0395, 2.0320],
+            [0.6162, 0.2769, 0.6838, 0.3238],
+            [
+                [-7.4371, -13.5898, -13.6496],
+                [-11.8669, -20.6416, -23.0941],
+                [-12.8623, -20.3439, -16.6497],
+            ],
+            0.6641,
+            [110.6279, 271.1848, 137.3600, 301.3683],
+        ),
+    ),
+    "small box": Concept(
+        *(KITCHEN, None, ((59, 144, 76, 163),), False, 0.3),
+        figures(
+            [3.4183, 1.5929, 1.5315],
+            [0.1774, 0.2876, 0.2296, 0.3261],
+            [
+                [-8.7447, -14.3499, -17.5662],
+                [-13.6804, -20.3728, -25.5098],
+                [-15.2996, -22.9116, -17.6658],
+            ],
+            0.8222,
+            [168.9376, 137.3257, 191.7281, 161.3243],
+        ),
+    ),
+}
+
+POINT = {"points": [[500, 375]], "labels": [1]}
+TRUCK_POINT = ClickFigures(
+    np.array([0.9106, 0.5326, 0.0379]),
+    np.array(
+        [
+            [-18.9093, -31.1757, -23.6851],
+            [-20.3388, -31.0213, -29.8815],
+            [-20.7554, -29.4530, -30.1776],
+        ]
+    ),
+)
+TRUCK_SINGLE = ClickFigures(
+    np.array([0.9474]),
+    np.array(
+        [[-8.1500, -12.3282, -9.6828], [-9.0512, -11.6470, -11.6363], [-9.2391, -11.9863, -12.4858]]
+    ),
+)
+DOG_POINTS = {"points": [[770, 200], [730, 120]], "labels": [1, 0]}
+DOG_FIGURES = ClickFigures(
+    np.array([0.7675, 0.7505, 0.5348]),
+    np.array(
+        [
+            [-10.3051, -9.9056, -10.5699],
+            [-8.8009, -11.1684, -10.7158],
+            [-9.6653, -10.9755, -10.3231],
+        ]
+    ),
+)
+# The best mask of POINT with a second point of this label: figures of the single output.
+REFINED = {
+    1: ClickFigures(
+        np.array([0.9809]),
+        np.array(
+            [[-5.3111, -7.4920, -5.5444], [-4.7685, -6.3513, -6.2969], [-4.8471, -5.1722, -6.5492]]
+        ),
+    ),
+    0: ClickFigures(
+        np.array([0.9625]),
+        np.array(
+            [
+                [-13.4726, -19.9250, -16.3620],
+                [-13.5886, -18.7266, -17.6766],
+                [-14.6962, -19.3814, -19.9888],
+            ]
+        ),
+    ),
+}
+BOX_CLICKS = [  # picture, box, IoU, first logit of the single output
+    (TRUCK, [75, 275, 1725, 850], 0.9862, -12.5972),
+    (TRUCK, [425, 600, 700, 875], 0.9666, -20.2715),
+    (TRUCK, [1375, 550, 1650, 800], 0.9588, -20.9112),
+    (TRUCK, [1240, 675, 1400, 750], 0.9331, -23.6995),
+    (GROCERIES, [450, 170, 520, 350], 0.9757, -21.7436),
+    (GROCERIES, [350, 190, 450, 350], 0.9838, -28.0691),
+    (GROCERIES, [500, 170, 580, 350], 0.9785, -25.3085),
+    (GROCERIES, [580, 170, 640, 350], 0.9755, -26.7339),
+]
