@@ -110,13 +110,13 @@ def forward(config: ModelConfig, params: Any, pixels: jax.Array, ids: jax.Array)
 def arguments(config: ModelConfig, mesh: Mesh, batch: int) -> tuple:
     """Shapes of :func:`forward`'s arguments, placed on ``mesh``.
 
-    The backbones' matrices are bfloat16, as ``ImagePredictor.from_pretrained`` loads them.
+    The backbones' matrices are bfloat16, as :func:`sam3_jax.checkpoint.load` casts them.
     """
     shapes = init_shapes(config)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-        backbone = path[0].key in ("vision", "text") and leaf.ndim >= 2
-        dtype = jnp.bfloat16 if backbone else leaf.dtype
+        matrix = path[0].key in ("vision", "text") and path[-1].key == "kernel"
+        dtype = jnp.bfloat16 if matrix else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     params = jax.tree_util.tree_map_with_path(place, shapes, param_shardings(shapes, mesh))
