@@ -51,11 +51,29 @@ POINTS = [f"geometry/point_{m}/{p}" for m in ("direct", "pool", "sine") for p in
 NECK = "detector.backbone.vision_backbone.convs"
 
 
+@pytest.fixture(autouse=True)
+def _shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing the model for its shapes takes a second or two: once a configuration will do."""
+    monkeypatch.setattr("sam3_jax.convert.convert.init_shapes", _shapes)
+
+
+_CACHE: dict[str, dict] = {}
+
+
+def _shapes(sizes: config.ModelConfig) -> dict:
+    key = repr(
+        dataclasses.replace(sizes, vision=dataclasses.replace(sizes.vision, layer_norm_eps=0.0))
+    )
+    if key not in _CACHE:
+        _CACHE[key] = init_shapes(sizes)
+    return _CACHE[key]
+
+
 @pytest.fixture(scope="module")
 def release() -> dict[str, torch.Tensor]:
     """All tensors of ``sam3.pt`` at tiny size, random."""
     rng = np.random.default_rng(0)
-    shapes = flatten(init_shapes(config.tiny()))
+    shapes = flatten(_shapes(config.tiny()))
     params = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
     unused = {name: rng.standard_normal((3, 2), np.float32) for name in unused_names(config.tiny())}
     for name in unused:
@@ -131,7 +149,7 @@ def test_the_release(release: dict, convert_release: Callable, tmp_path: Path):
     assert report.parts == ("image", "tracker")
     assert (report.missing_parts, report.zero_filled, report.left_out) == ((), (), 0)
     loaded = load(tmp_path / "ckpt")
-    shapes = init_shapes(config.tiny())
+    shapes = _shapes(config.tiny())
     assert {p: (a.shape, a.dtype) for p, a in flatten(loaded.params).items()} == {
         path: (leaf.shape, leaf.dtype) for path, leaf in flatten(shapes).items()
     }
@@ -273,7 +291,7 @@ def test_one_part(
     assert (report.parts, report.missing_parts) == (parts, ())
     loaded = load(tmp_path / "ckpt")
     paths = set(flatten(loaded.params))
-    shapes = flatten(init_shapes(config.tiny()))
+    shapes = flatten(_shapes(config.tiny()))
     assert paths == {path for path in shapes if checkpoint.in_parts(path, parts)}
     assert own in loaded.params
     assert "trunk" in loaded.params["vision"]
@@ -337,13 +355,14 @@ def test_a_checkpoint_for_clicks_alone_works(hf_folders: dict[str, Path], tmp_pa
     convert(open_source(str(hf_folders["Sam3TrackerModel"])), tmp_path / "ckpt")
     loaded = load(tmp_path / "ckpt")
     model = Sam3(loaded.config)
-    pixels = jnp.zeros((1, 112, 112, 3))
-    params = {"params": jax.tree.map(jnp.asarray, loaded.params)}
-    features = model.apply(params, pixels, detector=False, method="encode_image")
-    index = jnp.zeros(1, jnp.int32)
-    out = model.apply(params, features.tracker, empty_click(1, 1, (32, 32)), index, method="click")
-    assert out.masks.shape == (1, 4, 32, 32)
-    assert np.isfinite(out.masks).all()
+
+    def click(params: dict) -> jax.Array:
+        pixels, index = jnp.zeros((1, 112, 112, 3)), jnp.zeros(1, jnp.int32)
+        features = model.apply({"params": params}, pixels, detector=False, method="encode_image")
+        prompt = empty_click(1, 1, (32, 32))
+        return model.apply({"params": params}, features.tracker, prompt, index, method="click")
+
+    assert jax.eval_shape(click, loaded.params).masks.shape == (1, 4, 32, 32)
 
 
 def test_sharded_files_and_single_ones(tmp_path: Path):

@@ -111,7 +111,8 @@ def test_the_command(detector, photo, tmp_path, capsys):
     assert status == 1
     assert "broken.jpg" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    good, bad = sorted(results["images"], key=lambda image: image["file_name"], reverse=True)
+    by_name = {Path(image["file_name"]).name: image for image in results["images"]}
+    good, bad = by_name["coffee.png"], by_name["broken.jpg"]
     assert (good["width"], good["height"]) == (600, 400)
     assert "error" in bad
     assert {c["name"] for c in results["categories"]} == {"a cup", "a spoon"}
