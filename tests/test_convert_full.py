@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from sam3_jax.convert.source import open_source
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +49,16 @@ def measured(code: str, *arguments: str | Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Ten gigabytes go here; pytest would keep them."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
-def test_the_released_size_there_and_back(tmp_path: Path):
-    source, ckpt, back = tmp_path / "sam3.pt", tmp_path / "ckpt", tmp_path / "back.pt"
+def test_the_released_size_there_and_back(folder: Path):
+    source, ckpt, back = folder / "sam3.pt", folder / "ckpt", folder / "back.pt"
     oracle.fake_sam3_pt(source, seed=0, wrapped=True)
     size = source.stat().st_size
     assert size > 3.4e9

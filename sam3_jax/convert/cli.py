@@ -10,6 +10,7 @@ import argparse
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam3_jax.checkpoint import CheckpointError
     from sam3_jax.convert.errors import ConversionError
 
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleaning up runs
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill cleans up, too
     try:
         (_export if backwards else _convert)(args)
     except (ConversionError, CheckpointError) as error:
@@ -101,8 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -172,7 +172,3 @@ def _export(args: argparse.Namespace) -> None:
             "note: the weights came from Hugging Face's file, which lacks RoPE tables and more; "
             "upstream computes what is missing (load_state_dict with strict=False)"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
