@@ -606,6 +606,17 @@ def test_the_command(release: dict, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--to-hf Sam3VideoModel" in capsys.readouterr().out
 
 
+def run_code(code: str, arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs Python code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()],
+        cwd=folder,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_the_command_without_torch(release: dict, tmp_path: Path):
     """Neither torch nor what brings it along is there."""
     torch.save(release, tmp_path / "sam3.pt")
@@ -619,15 +630,29 @@ sys.meta_path.insert(0, Absent())
 from sam3_jax.convert.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-    arguments = "--input sam3.pt --output ckpt --config tiny".split()
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = run_code(code, "--input sam3.pt --output ckpt --config tiny", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert load(tmp_path / "ckpt").metadata["parts"] == ["image", "tracker"]
+
+
+def test_a_killed_command_leaves_nothing(release: dict, tmp_path: Path):
+    """SIGTERM arrives in the middle of writing."""
+    torch.save(release, tmp_path / "sam3.pt")
+    code = """
+import os, signal, sys
+from sam3_jax import checkpoint
+checkpoint.GROUP_BYTES = 2**16
+write = checkpoint.ocp.partial.save
+def killed(folder, tree):
+    write(folder, tree)
+    print(sorted(os.listdir(".")))
+    os.kill(os.getpid(), signal.SIGTERM)
+checkpoint.ocp.partial.save = killed
+from sam3_jax.convert.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    done = run_code(code, "--input sam3.pt --output ckpt --config tiny", tmp_path)
+    assert done.returncode == 143, done.stderr
+    assert ".partial" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["sam3.pt"]

@@ -7,12 +7,13 @@ behind), 2 a mistake in the arguments, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,10 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam3_jax.checkpoint import CheckpointError
     from sam3_jax.convert.errors import ConversionError
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill cleans up, too
     try:
-        (_export if backwards else _convert)(args)
+        with _clean_up_when_killed():
+            (_export if backwards else _convert)(args)
     except (ConversionError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -104,6 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _clean_up_when_killed() -> Iterator[None]:
+    """Turns a polite kill into an exception, so that what is half written goes away."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _convert(args: argparse.Namespace) -> None:
