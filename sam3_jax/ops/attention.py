@@ -73,11 +73,13 @@ def attention(
         "splash" (interpreted, and slow, off TPU).
 
     Raises:
-      ValueError: for an unknown implementation, one that cannot do what is asked, or dropout
-        without a key.
+      ValueError: for an unknown implementation, one that cannot do what is asked, inputs of
+        different dtypes, or dropout without a key.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
     if dropout_rate and dropout_rng is None:
         raise ValueError(f"dropout_rate={dropout_rate} needs dropout_rng, a jax.random key")
     keys = None

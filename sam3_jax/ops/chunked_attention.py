@@ -123,7 +123,9 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     """
     b, n, h, _ = x.q.shape
     m = x.k.shape[1]
-    row_tiles, col_tiles = ceil_div(n, tiles.rows), ceil_div(m, tiles.cols)
+    row_tiles, col_tiles = 1, 1
+    if n * m > tiles.scores:
+        row_tiles, col_tiles = ceil_div(n, tiles.rows), ceil_div(m, tiles.cols)
     rows, cols = ceil_div(n, row_tiles), ceil_div(m, col_tiles)
     heads = largest_divisor(h, tiles.scores // (rows * cols))
     batch = largest_divisor(b, tiles.scores // (rows * cols * h)) if heads == h else 1

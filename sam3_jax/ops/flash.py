@@ -6,6 +6,9 @@ TPUs (``jax.experimental.pallas.ops.tpu.splash_attention``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -74,25 +77,49 @@ def splash(x: Operands, *, causal: bool, interpret: bool) -> Float[Array, "b n h
     # Small heads as the minor axis would be padded to 128 lanes: three times the memory.
     layout = splash_kernel.QKVLayout["SEQ_MINOR" if d % SPLASH_LANES else "HEAD_DIM_MINOR"]
     mask = (splash_mask.CausalMask if causal else splash_mask.FullMask)((n_pad, m_pad))
-    kernel = splash_kernel.make_splash_mha_single_device(
-        splash_mask.MultiHeadMask([mask] * h),
-        block_sizes=splash_kernel.BlockSizes(
-            block_q=rows,
-            block_kv=cols,
-            block_q_dkv=rows,
-            block_kv_dkv=cols,
-            block_q_dq=rows,
-            block_kv_dq=cols,
-            q_layout=layout,
-            k_layout=layout,
-            v_layout=layout,
-        ),
-        interpret=interpret,
-    )
-    # Mosaic takes bfloat16 products at the default precision only.
-    with jax.default_matmul_precision("default"):
-        out = jax.vmap(kernel)(q, k, v, segments)
+
+    def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
+        kernel = splash_kernel.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask([mask] * h),
+            block_sizes=splash_kernel.BlockSizes(
+                block_q=rows,
+                block_kv=cols,
+                block_q_dkv=rows,
+                block_kv_dkv=cols,
+                block_q_dq=rows,
+                block_kv_dq=cols,
+                q_layout=layout,
+                k_layout=layout,
+                v_layout=layout,
+            ),
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    # Mosaic refuses to multiply bfloat16 at any precision but the default.
+    precision = "highest" if q.dtype == jnp.float32 else "default"
+    out = _at_precision(run, precision)(q, k, v, segments)
     return _without_empty(jnp.swapaxes(out, 1, 2)[:, :n], x.key_mask)
+
+
+def _at_precision(f: Callable[..., Array], precision: str) -> Callable[..., Array]:
+    """f(q, k, v, segments), it and its gradient traced at a matmul precision of their own."""
+
+    @jax.custom_vjp
+    def g(q: Array, k: Array, v: Array, segments: Any) -> Array:
+        with jax.default_matmul_precision(precision):
+            return f(q, k, v, segments)
+
+    def forward(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Callable]:
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(lambda q, k, v: f(q, k, v, segments), q, k, v)
+
+    def backward(pull: Callable, grad: Array) -> tuple[Array | None, ...]:
+        with jax.default_matmul_precision(precision):
+            return (*pull(grad), None)
+
+    g.defvjp(forward, backward)
+    return g
 
 
 def _without_empty(
