@@ -32,25 +32,26 @@ class Operands(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Limits of a tile: queries, keys, and scores over all heads and batch entries at once."""
+    """How to cut one head's scores (queries x keys), and how many heads to take at once."""
 
-    rows: int
-    cols: int
-    scores: int
+    rows: int  # queries a tile, at most
+    cols: int  # keys a tile, at most
+    whole: int  # heads of up to this many scores are not cut
+    scores: int  # scores in memory, over all heads and batch entries that are taken at once
     barrier: bool  # keep XLA from fusing the softmax into the matrix products
 
 
-# CPU. A tile (9 MB) stays in the last-level cache and is large enough for XLA's threads, which
-# meet after every operation; 5184 = 3 x 1728 = 4 x 1296, so the grid of 72x72 tokens needs no
-# padding. Measured in float32 on two cores against PyTorch's flash kernel: 5184 tokens 1.1x its
-# time (all keys at once with 64 queries: 1.3x), windows of 576 in groups of four heads 1.15x (all
-# heads at once: 2.5x). One head at a time must be a plain matrix: unit axes cost 1.5x. Without
-# barriers XLA computes the exponential inside the product's inner loop: 1.05x to 1.1x.
-CPU_TILES = Tiles(rows=1728, cols=1296, scores=1728 * 1296, barrier=True)
-# GPU and TPU, where no flash kernel applies: float32, dropout, bias. All keys at once; 256 MB of
-# float32 scores. 576 divides 5184.
-DEVICE_TILES = Tiles(rows=576, cols=1 << 30, scores=1 << 26, barrier=False)
-NO_TILES = Tiles(rows=1 << 30, cols=1 << 30, scores=1 << 60, barrier=False)
+# CPU. A tile (9 MB) stays in the last-level cache, and is large enough for XLA's threads, which
+# meet after every operation. 5184 = 3 x 1728 = 4 x 1296: the grid of 72 x 72 tokens needs no
+# padding. Float32 on two Zen 3 cores (busy ones: ranges), times PyTorch's flash kernel: 5184 tokens
+# 1.1 to 1.3, the same with heads of 32 1.3, windows of 576 1.1 to 1.25, 201 queries of 5184 keys
+# with bias .9 to 1.4; with 64 queries of all heads and all keys at once 2 to 2.3. XLA's products
+# alone take .8 of that kernel's time. One head must be a plain matrix: unit axes cost 1.4x.
+CPU_TILES = Tiles(rows=1728, cols=1296, whole=1728 * 1296, scores=1728 * 1296, barrier=True)
+# GPU and TPU, where no flash kernel applies: float32, dropout, bias. All keys at once, 256 MB of
+# float32 scores; 576 divides 5184; whole: 201 decoder queries of 5184 keys.
+DEVICE_TILES = Tiles(rows=576, cols=1 << 30, whole=1 << 20, scores=1 << 26, barrier=False)
+NO_TILES = Tiles(rows=1 << 30, cols=1 << 30, whole=1 << 60, scores=1 << 60, barrier=False)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -124,7 +125,7 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     b, n, h, _ = x.q.shape
     m = x.k.shape[1]
     row_tiles, col_tiles = 1, 1
-    if n * m > tiles.scores:
+    if n * m > tiles.whole:
         row_tiles, col_tiles = ceil_div(n, tiles.rows), ceil_div(m, tiles.cols)
     rows, cols = ceil_div(n, row_tiles), ceil_div(m, col_tiles)
     heads = largest_divisor(h, tiles.scores // (rows * cols))
