@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 # Compiling ahead of time for a TPU must not ask a metadata server which TPU this machine is.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by test processes side by side
 os.environ["SAM3_JAX_CACHE_DIR"] = "off"  # no compiled programs in the user's cache folder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles have random weights: no download
 
