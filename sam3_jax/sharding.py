@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-BATCH_AXES = ("data", "fsdp")
+from sam3_jax.ops.attention import BATCH_AXES
 
 # Parameter path -> dimension that the tensor axis splits. First match wins; the rest is replicated.
 TENSOR_RULES: tuple[tuple[str, int], ...] = (

@@ -120,7 +120,7 @@ def ground_both(rng, detector, model, prompts: dict, *, images=2, image_index=No
     return expected, out
 
 
-def compare(expected: dict, out, fields=FIELDS + LAYERS) -> None:
+def assert_outputs(expected: dict, out, fields=FIELDS + LAYERS) -> None:
     for name in fields:
         assert_close(getattr(out, name), expected[name], TINY, name)
 
@@ -153,14 +153,14 @@ KINDS = ["text", "text and boxes", "box alone", "points and boxes, padded"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ground(rng, detector, model, kind):
-    compare(*ground_both(rng, detector, model, prompts_for(kind, rng)))
+    assert_outputs(*ground_both(rng, detector, model, prompts_for(kind, rng)))
 
 
 def test_pairs_by_index(rng, detector, model):
     """Three phrases on two images, in an order of their own."""
     ids = token_ids(rng, 2, 5, 1)
     prompts = {"ids": ids, "boxes": boxes(rng, 3, 1)}
-    compare(*ground_both(rng, detector, model, prompts, image_index=[1, 0, 1]))
+    assert_outputs(*ground_both(rng, detector, model, prompts, image_index=[1, 0, 1]))
 
 
 def test_geometry_tokens(rng, detector, model):
@@ -189,7 +189,7 @@ def test_training_forward_with_dac(rng, detector, model):
     """All layers, one-to-one and one-to-many halves, masks of both."""
     prompts = prompts_for("text and boxes", rng)
     expected, out = ground_both(rng, detector, model, prompts, dac=True)
-    compare(expected, out)
+    assert_outputs(expected, out)
     count = CONFIG.decoder.num_queries
     assert out.layer_logits.shape[-1] == 2 * count
     assert out.pred_logits.shape[-1] == count

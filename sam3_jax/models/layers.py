@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from sam3_jax.ops.attention import attention
+from sam3_jax.ops.attention import BATCH_AXES, attention
 from sam3_jax.ops.rope import Rope, apply_rope
 
 Init = str  # a key of KERNEL_BOUND, "normal" is not among them: embeddings use nn.initializers
@@ -47,7 +47,7 @@ def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     Keeps XLA from resharding where windows are cut out of maps and put back.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
     return lax.with_sharding_constraint(x, PartitionSpec(axes))
