@@ -80,6 +80,7 @@ class JaxSide:
 
         from sam3_jax import checkpoint
         from sam3_jax.models.detector import Sam3, empty_geometry
+        from sam3_jax.sharding import on_one_device
         from sam3_jax.tokenizer import default_tokenizer
 
         self.jax = jax
@@ -87,8 +88,10 @@ class JaxSide:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         start = time.perf_counter()
         cast = None if dtype == "float32" else jnp.dtype(dtype)
-        params, self.config, _ = checkpoint.load(folder / CHECKPOINT, dtype=cast, parts=("image",))
-        self.params = jax.block_until_ready(jax.device_put(params))
+        self.params, self.config, _ = checkpoint.load(
+            folder / CHECKPOINT, dtype=cast, parts=("image",), shardings=on_one_device
+        )
+        jax.block_until_ready(self.params)
         self.load_s = time.perf_counter() - start
         self.tokenize = default_tokenizer()
         model = Sam3(self.config, jnp.dtype(dtype))

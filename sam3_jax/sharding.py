@@ -70,6 +70,12 @@ def param_shardings(params: dict, mesh: Mesh) -> dict:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def on_one_device(params: dict) -> dict:
+    """Shardings that put a parameter tree (arrays or shapes) whole onto the default device."""
+    place = jax.device_put(0).sharding
+    return jax.tree.map(lambda _: place, params)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over the mesh's batch axes."""
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

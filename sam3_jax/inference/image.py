@@ -36,7 +36,7 @@ from sam3_jax.inference.prompts import (
     phrase_of,
 )
 from sam3_jax.models.detector import Sam3
-from sam3_jax.sharding import param_shardings
+from sam3_jax.sharding import on_one_device, param_shardings
 from sam3_jax.tokenizer import default_tokenizer
 from sam3_jax.types import Levels, TextFeatures
 
@@ -121,7 +121,8 @@ class ImagePredictor:
             path,
             # The backbones' matrices in the dtype that they are multiplied in: half the memory.
             dtype=None if compute == jnp.float32 else compute,
-            shardings=functools.partial(param_shardings, mesh=mesh) if mesh else None,
+            # Straight onto the devices: through NumPy there would be two copies of everything.
+            shardings=functools.partial(param_shardings, mesh=mesh) if mesh else on_one_device,
         )
         return cls(loaded.params, loaded.config, dtype=dtype, mesh=mesh)
 

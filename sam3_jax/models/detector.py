@@ -111,8 +111,8 @@ class Sam3(nn.Module):
         levels: Levels,
         text: TextFeatures,
         geometry: Geometry,
-        image_index: Int[Array, " p"],
-        text_index: Int[Array, " p"],
+        image_index: Int[Array, " p"] | None,
+        text_index: Int[Array, " p"] | None,
         *,
         dac: bool = False,
         deterministic: bool = True,
@@ -123,13 +123,17 @@ class Sam3(nn.Module):
           levels: the detector's pyramids of B images.
           text: T encoded phrases.
           geometry: geometric part of the P prompts (see :func:`empty_geometry`).
-          image_index, text_index: image and phrase of each prompt.
+          image_index, text_index: image and phrase of each prompt. None: prompt i is about image
+            (phrase) i, as everywhere in a batch that is spread over a mesh; nothing is gathered.
           dac: add the one-to-many copies of the queries (training).
         """
-        levels = tuple(level[image_index] for level in levels)
+        if image_index is not None:
+            levels = tuple(level[image_index] for level in levels)
+        if text_index is not None:
+            text = TextFeatures(text.tokens[text_index], text.mask[text_index])
         tokens, token_mask = self.geometry(geometry, levels[-1], deterministic=deterministic)
-        prompt = jnp.concatenate([text.tokens[text_index], tokens.astype(self.dtype)], axis=1)
-        prompt_mask = jnp.concatenate([text.mask[text_index], token_mask], axis=1)
+        prompt = jnp.concatenate([text.tokens, tokens.astype(self.dtype)], axis=1)
+        prompt_mask = jnp.concatenate([text.mask, token_mask], axis=1)
 
         fused = levels[len(levels) - self.config.fusion.num_levels :]
         memory, pos = self.fusion(fused, prompt, prompt_mask, deterministic=deterministic)

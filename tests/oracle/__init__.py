@@ -67,6 +67,7 @@ from .detection import (
     run_vision,
 )
 from .geometry import add_point_prompts
+from .memory import run_memory_attention, run_memory_encoder, run_object_pointer
 from .roi import roi_align
 from .weights import randomize
 
@@ -86,6 +87,9 @@ __all__ = [
     "roi_align",
     "run_click",
     "run_detector",
+    "run_memory_attention",
+    "run_memory_encoder",
+    "run_object_pointer",
     "run_text",
     "run_vision",
     "sam3_pt_tensors",

@@ -119,7 +119,8 @@ def hf_tracker_config(c: jax_config.ModelConfig) -> Sam3TrackerConfig:
 def hf_tracker_video_config(c: jax_config.ModelConfig) -> Sam3TrackerVideoConfig:
     """HF's configuration of the whole tracker, memory included."""
     m = c.memory
-    config = Sam3TrackerVideoConfig(
+    grid = c.image_size // c.vision.patch_size
+    return Sam3TrackerVideoConfig(
         **_sam_parts(c),
         image_size=c.image_size,
         num_maskmem=m.num_maps,
@@ -127,6 +128,7 @@ def hf_tracker_video_config(c: jax_config.ModelConfig) -> Sam3TrackerVideoConfig
         memory_attention_num_layers=m.attention_depth,
         memory_attention_num_attention_heads=m.attention_heads,
         memory_attention_feed_forward_hidden_size=m.mlp_dim,
+        memory_attention_rope_feat_sizes=[grid, grid],
         memory_encoder_hidden_size=c.dim,
         memory_encoder_output_channels=m.dim,
         mask_downsampler_embed_dim=c.dim,
@@ -134,7 +136,6 @@ def hf_tracker_video_config(c: jax_config.ModelConfig) -> Sam3TrackerVideoConfig
         memory_fuser_embed_dim=c.dim,
         memory_fuser_intermediate_dim=4 * c.dim,
     )
-    return config
 
 
 def _build(model_class: type, config: object) -> torch.nn.Module:
