@@ -16,7 +16,8 @@ from pycocotools.coco import COCO
 import tiny_predictor
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
-from sam3_jax.inference import batch, cli, files
+from sam3_jax.inference import bulk, cli, files, pipeline, rle
+from sam3_jax.inference.engine import Engine
 from sam3_jax.inference.image import ImagePredictor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def predictor() -> ImagePredictor:
 @pytest.fixture
 def run(predictor, monkeypatch, tmp_path):
     """Runs the command on the tiny model, writing to ``tmp_path / "out"``."""
-    monkeypatch.setattr(ImagePredictor, "from_pretrained", lambda path, dtype: predictor)
+    monkeypatch.setattr(bulk, "load_engine", lambda path, dtype, resolution: predictor.engine)
 
     def call(*arguments: str | Path) -> int:
         common = ["--checkpoint", "somewhere", "--output", str(tmp_path / "out")]
@@ -67,8 +68,8 @@ def test_pictures_become_overlays_and_results(run, photos, tmp_path, capsys, pre
     assert [image["file_name"] for image in data["images"]] == [a.as_posix(), b.as_posix()]
     assert [c["name"] for c in data["categories"]] == ["cup", "cat", "rug"]
     assert data["info"]["threshold"] == 0.05
-    names = [image["overlay"] for image in data["images"]]
-    assert names == ["photo_overlay.png", "photo_2_overlay.png"]
+    names = [image["outputs"][0] for image in data["images"]]
+    assert names == ["a_photo_overlay.png", "b_photo_overlay.png"]
     for image, name in zip(data["images"], names, strict=True):
         drawn = PIL.Image.open(tmp_path / "out" / name)
         assert drawn.size == (image["width"], image["height"])
@@ -91,7 +92,7 @@ def test_a_broken_picture_does_not_end_the_run(run, photos, tmp_path, capsys):
     assert run("--input", broken, a, missing, b, "--prompt", "cat") == 1
     data = results(tmp_path)
     assert [image["status"] for image in data["images"]] == ["error", "ok", "error", "ok"]
-    assert "truncated" in data["images"][0]["error"]
+    assert data["images"][0]["error"].startswith("cannot be decoded, it may be truncated")
     assert "no such file" in data["images"][2]["error"]
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     captured = capsys.readouterr()
@@ -123,25 +124,49 @@ def test_a_box_outside_one_picture_fails_that_picture(run, photos, tmp_path):
     assert "outside the image" in data["images"][0]["error"]
 
 
-def test_an_interrupted_run_keeps_what_was_done(run, photos, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_what_was_done_and_goes_on(
+    run, photos, tmp_path, monkeypatch, capsys
+):
     a, b = photos / "a" / "photo.jpg", photos / "b" / "photo.jpg"
-    load = batch.load_image
+    finish = pipeline._finish_ahead
 
-    def stop_at_b(file):
-        if file == b:
-            raise KeyboardInterrupt
-        return load(file)
+    def stop_after_one(*args):
+        yield next(finish(*args))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "load_image", stop_at_b)
+    monkeypatch.setattr(pipeline, "_finish_ahead", stop_after_one)
     assert run("--input", a, b, "--prompt", "cat") == 130
     assert [image["file_name"] for image in results(tmp_path)["images"]] == [a.as_posix()]
     assert "interrupted" in capsys.readouterr().err
+    (tmp_path / "out" / "a_photo_overlay.png").unlink()
+
+    monkeypatch.setattr(pipeline, "_finish_ahead", finish)
+    assert run("--input", a, b, "--prompt", "cat") == 0
+    names = [image["file_name"] for image in results(tmp_path)["images"]]
+    assert names == [a.as_posix(), b.as_posix()]
+    assert "2 of 2 pictures (1 done before)" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "a_photo_overlay.png").exists()  # was not done again
+    assert (tmp_path / "out" / "b_photo_overlay.png").exists()
+
+
+def test_other_settings_do_not_mix_with_what_is_there(run, photos, tmp_path, capsys):
+    a = photos / "a" / "photo.jpg"
+    assert run("--input", a, "--prompt", "cat") == 0
+    assert run("--input", a, "--prompt", "cat", "--threshold", "0.1") == 2
+    error = capsys.readouterr().err
+    assert "threshold was 0.5, is 0.1" in error
+    assert "--overwrite" in error
+    assert run("--input", a, "--prompt", "cat", "--threshold", "0.1", "--overwrite") == 0
+    assert results(tmp_path)["info"]["threshold"] == 0.1
 
 
 def test_results_that_cannot_be_written(run, photos, monkeypatch, capsys):
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
     assert run("--input", photos / "a" / "photo.jpg", "--prompt", "cat") == 1
-    assert "cannot write the results: disk full" in capsys.readouterr().err
+    assert "cannot write the results: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,16 @@ def test_results_that_cannot_be_written(run, photos, monkeypatch, capsys):
         (["--input", "x.jpg", "--prompt", "a", "--threshold", "2"], "not a number from 0 to 1"),
         (["--input", "x.jpg", "--prompt", "a", "--threshold", "high"], "not a number from 0"),
         (["--input", "x.jpg", "--prompt", "a", "--dtype", "float16"], "invalid choice"),
-        (["--prompt", "a"], "--input"),
+        (["--prompt", "a"], "say which pictures"),
+        (["--input", "x.jpg", "--prompt", "a", "--point", "1,2"], "use one kind"),
+        (["--input", "x.jpg", "--point", "1,2,3"], "is not x,y in pixels"),
+        (["--input", "x.jpg", "--everything", "--prompt", "a"], "takes no prompts"),
+        (["--input", "x.jpg", "--prompt", "a", "--jobs", "y"], "leave out --input"),
+        (["--jobs", "no-such-file.jsonl"], "cannot read the job file"),
+        (["--input", "x.jpg", "--prompt", "a", "--shard", "4/4"], "I from 0 to N-1"),
+        (["--input", "x.jpg", "--prompt", "a", "--nms", "box"], "invalid choice"),
+        (["--input", "x.jpg", "--prompt", "a", "--batch-size", "-1"], "not a whole number"),
+        (["--merge"], "no results in"),
         (["--input", ".", "--prompt", "a"], "no pictures in the folder ."),
     ],
 )
@@ -171,16 +205,18 @@ def test_mistakes_are_explained(run, arguments, message, capsys, monkeypatch, tm
 
 
 def test_a_bad_checkpoint_and_a_bad_output_folder(photos, tmp_path, monkeypatch, capsys):
-    def refuse(path, dtype):
+    def refuse(path, **_):
         raise CheckpointError(f"{path}: no checkpoint here")
 
-    monkeypatch.setattr(ImagePredictor, "from_pretrained", refuse)
+    monkeypatch.setattr(Engine, "from_pretrained", refuse)
     arguments = ["--checkpoint", "c", "--input", str(photos / "a"), "--prompt", "a", "--output"]
     assert cli.main([*arguments, str(tmp_path / "out")]) == 2
     assert "error: c: no checkpoint here" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main([*arguments, str(tmp_path / "file")]) == 2
     assert "cannot make the folder" in capsys.readouterr().err
+    assert cli.main(arguments[2:-1]) == 2
+    assert "--checkpoint DIR" in capsys.readouterr().err
 
 
 def test_folders_are_read_in_order_without_overlays_and_each_file_once(tmp_path):
@@ -190,11 +226,127 @@ def test_folders_are_read_in_order_without_overlays_and_each_file_once(tmp_path)
     assert [file.name for file in found] == ["b.JPG", "a.png", "other"]
 
 
-def test_overlay_names_never_collide():
-    stems = ["a/x.png", "b/x.jpg", "c/x_2.jpg", "d/X.jpg", "e/y.png"]
-    names = list(files.overlay_names([Path(s) for s in stems]))
-    assert names[:2] == ["x_overlay.png", "x_2_overlay.png"]
-    assert len({name.lower() for name in names}) == len(stems)
+def test_a_job_file_gives_every_picture_its_own_prompts(run, photos, tmp_path, capsys, predictor):
+    """Concepts and clicks, thresholds, and a line that is no job."""
+    PIL.Image.fromarray(np.full((134, 200), 255, np.uint8)).save(photos / "mask.png")
+    lines = [
+        {"image": "a/photo.jpg", "phrases": ["cup", "cat"], "threshold": 0.03},
+        {"image": "b/photo.jpg", "points": [[50, 40]]},
+        {"image": "b/photo.jpg", "points": [[50, 40], [90, 80]], "point_labels": [1, 0]},
+        {"image": "a/photo.jpg", "object_box": [20, 10, 90, 80]},
+        {"image": "a/photo.jpg", "points": [[5000, 10]]},
+        {"image": "a/photo.jpg", "mask_prompt": "mask.png"},
+        {"image": "a/photo.jpg", "boxes": [[20, 10, 90, 80]], "threshold": 0},
+    ]
+    file = photos / "jobs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
+    assert run("--jobs", file, "--batch-size", "2") == 1
+    data = results(tmp_path)
+    assert [i["status"] for i in data["images"]] == ["ok"] * 4 + ["error"] + ["ok"] * 2 + ["error"]
+    assert "points must lie on the image" in data["images"][4]["error"]
+    assert data["images"][7]["error"].startswith("line 8: not a JSON object")
+    assert "5 of" not in capsys.readouterr().out
+    assert {c["name"] for c in data["categories"]} == {"cup", "cat", "object", "visual"}
+
+    def scores(image: int) -> list[float]:
+        return [a["score"] for a in data["annotations"] if a["image_id"] == image]
+
+    predictor.set_image(photos / "a" / "photo.jpg")
+    cups, cats = predictor.predict(["cup", "cat"], threshold=0.03)
+    np.testing.assert_allclose(scores(1), [*cups.scores, *cats.scores], atol=1e-5)
+    box = predictor.predict_points(box=[20, 10, 90, 80], multimask=False)
+    np.testing.assert_allclose(scores(4), box.iou, atol=1e-5)
+    predictor.set_image(photos / "b" / "photo.jpg")
+    click = predictor.predict_points([[50, 40]])
+    np.testing.assert_allclose(scores(2), click.iou.max(), atol=1e-5)
+    (stored,) = [a for a in data["annotations"] if a["image_id"] == 2]
+    np.testing.assert_array_equal(
+        rle.decode_mask(stored["segmentation"]), click.masks[click.iou.argmax()]
+    )
+
+
+def test_every_output_that_can_be_asked_for(run, photos, tmp_path):
+    a = photos / "a" / "photo.jpg"
+    wanted = ("--masks", "--semantic", "--labelme", "--yolo", "--no-overlay")
+    assert run("--input", a, "--prompt", "cup", "--threshold", "0.03", *wanted) == 0
+    (image,) = results(tmp_path)["images"]
+    assert image["outputs"] == [
+        "photo_masks",
+        "photo_semantic",
+        "labelme/photo.json",
+        "yolo/photo.txt",
+    ]
+    count = len(results(tmp_path)["annotations"])
+    assert len(list((tmp_path / "out" / "photo_masks").iterdir())) == count > 0
+    assert (tmp_path / "out" / "yolo" / "classes.txt").read_text() == "cup\n"
+    probability = PIL.Image.open(tmp_path / "out" / "photo_semantic" / "000_cup.png")
+    assert probability.size == (image["width"], image["height"])
+    assert not list((tmp_path / "out").glob("*_overlay.png"))
+
+
+def test_batches_do_not_change_results(run, photos, tmp_path):
+    """Three pictures in batches of two, with different numbers of instances kept."""
+    files_ = [photos / "a" / "photo.jpg", photos / "b" / "photo.jpg", photos / "c.png"]
+    PIL.Image.fromarray(skimage.data.astronaut()[::4, ::4]).save(files_[2])
+    common = ("--input", *files_, "--prompt", "cup", "cat", "--threshold", "0.03", "--no-overlay")
+    assert run(*common) == 0
+    alone = results(tmp_path)["annotations"]
+    assert run(*common, "--batch-size", "2", "--overwrite") == 0
+    together = results(tmp_path)["annotations"]
+    assert len(alone) == len(together) > 3
+    for a, b in zip(alone, together, strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+        masks = [rle.decode_mask(x["segmentation"]) for x in (a, b)]
+        assert (masks[0] != masks[1]).mean() < 1e-3
+
+
+def test_settings_that_thin_out(run, photos, tmp_path):
+    common = ("--input", photos / "a" / "photo.jpg", "--prompt", "cup", "--threshold", "0")
+
+    def found(*more: str) -> list[dict]:
+        assert run(*common, "--no-overlay", "--overwrite", *more) == 0
+        return results(tmp_path)["annotations"]
+
+    everything = found()
+    assert len(everything) == 12
+    assert len(found("--max-instances", "3")) == 3
+    assert 0 < len(found("--nms", "iou", "--nms-threshold", "0.1")) < 12
+    louder = found("--no-presence")
+    assert louder[0]["score"] > everything[0]["score"]
+    for tight in found("--boxes", "masks"):
+        mask = rle.decode_mask(tight["segmentation"])
+        rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if len(rows):
+            size = [cols[-1] + 1 - cols[0], rows[-1] + 1 - rows[0]]
+            assert tight["bbox"] == [cols[0], rows[0], *size]
+
+
+def test_tiles_and_everything(run, photos, tmp_path):
+    a = photos / "a" / "photo.jpg"
+    assert run("--input", a, "--prompt", "cup", "--threshold", "0.03", "--tile", "128") == 0
+    (image,) = results(tmp_path)["images"]
+    assert image["status"] == "ok"
+    size = [image["height"], image["width"]]
+    assert all(x["segmentation"]["size"] == size for x in results(tmp_path)["annotations"])
+    arguments = ("--input", a, "--box", "20,10,90,80", "--tile", "128", "--overwrite")
+    assert run(*arguments) == 1
+    assert "boxes do not go with tiles" in results(tmp_path)["images"][0]["error"]
+    assert run("--input", a, "--everything", "--points-per-side", "2", "--overwrite") == 0
+    assert [c["name"] for c in results(tmp_path)["categories"]] == ["object"]
+
+
+def test_shards_do_each_their_part(run, photos, tmp_path, capsys):
+    """Two processes one after the other; a third command merges. Bad pictures are in it."""
+    common = ("--input", photos, "--recursive", "--prompt", "cat", "--no-overlay")
+    assert run(*common, "--shard", "0/2") == 1  # the first and the third: a and broken.jpg
+    assert "results-00000-of-00002.jsonl" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert run(*common, "--shard", "1/2") == 0
+    assert run("--merge") == 0
+    assert [i["status"] for i in results(tmp_path)["images"]] == ["ok", "ok", "error"]
+    COCO(str(tmp_path / "out" / "results.json"))
+    assert "results.json" in capsys.readouterr().out
 
 
 def test_help_comes_at_once_and_teaches():

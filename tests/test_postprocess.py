@@ -1,4 +1,4 @@
-"""Outputs to pixels: scores, boxes, upscaling, holes, results file."""
+"""Outputs to pixels: scores, boxes, upscaling, holes, run lengths."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 import skimage.measure
 import torch
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from sam3_jax.inference import postprocess
-from sam3_jax.inference.postprocess import Detections
-from sam3_jax.inference.results import CocoResults, encode_mask
+from sam3_jax.inference.placed import Placed, annotation, place
+from sam3_jax.inference.postprocess import Detections, detections, upscale_crop, upscale_masks
+from sam3_jax.inference.rle import decode_mask, encode_mask
 
 
 def smooth_logits(rng: np.random.Generator, n: int, side: int) -> np.ndarray:
@@ -135,71 +134,43 @@ def test_concatenate_keeps_order_and_refuses_nothing():
         postprocess.concatenate([])
 
 
-def some_detections(rng: np.random.Generator, n: int, size: tuple[int, int]) -> Detections:
-    """Rectangles at random with their boxes."""
-    masks, boxes = np.zeros((n, *size), bool), np.zeros((n, 4), np.float32)
-    for mask, box in zip(masks, boxes, strict=True):
-        y, x = rng.integers(0, size[0] - 8), rng.integers(0, size[1] - 8)
-        mask[y : y + 8, x : x + 6] = True
-        box[:] = (x, y, x + 6, y + 8)
-    return Detections(masks, boxes, np.linspace(0.9, 0.6, n, dtype=np.float32))
-
-
-def test_results_file_is_coco(rng, tmp_path):
-    cats, dogs = some_detections(rng, 2, (40, 50)), some_detections(rng, 3, (40, 50))
-    none = some_detections(rng, 0, (40, 50))
-    results = CocoResults(["cat", "dog"], {"checkpoint": "here"})
-    results.add_image("a/one.jpg", (40, 50), {"cat": cats, "dog": dogs}, "one_overlay.png")
-    results.add_error("broken.jpg", "not a picture")
-    results.add_image("b/one.jpg", (40, 50), {"cat": none, "dog": none}, "one_2_overlay.png")
-    path = tmp_path / "results.json"
-    results.write(path)
-
-    data = json.loads(path.read_text())
-    assert data["schema_version"] == 1
-    assert [image["status"] for image in data["images"]] == ["ok", "error", "ok"]
-    assert data["images"][1]["error"] == "not a picture"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-
-    coco = COCO(str(path))
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
-    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1, catIds=2))
-    np.testing.assert_array_equal([coco.annToMask(a) for a in annotations], dogs.masks)
-    assert [a["area"] for a in annotations] == [48, 48, 48]
-    assert annotations[0]["bbox"][2:] == [6, 8]
-
-    # The annotations are predictions too: against themselves as truth they are perfect.
-    predictions = coco.loadRes(data["annotations"])
-    for kind in ("segm", "bbox"):
-        evaluation = COCOeval(coco, predictions, kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        assert evaluation.stats[0] == pytest.approx(1.0)
-
-
-def test_result_boxes_end_at_the_image():
-    found = Detections(
-        np.ones((1, 10, 20), bool),
-        np.asarray([[-3, -2, 25, 8]], np.float32),
-        np.asarray([0.7], np.float32),
-    )
-    results = CocoResults(["x"], {})
-    results.add_image("x.png", (10, 20), {"x": found}, "x_overlay.png")
-    assert results._data["annotations"][0]["bbox"] == [0, 0, 20, 8]
-
-
 def test_masks_survive_run_length_encoding(rng):
     mask = rng.random((33, 57)) > 0.5
     encoded = json.loads(json.dumps(encode_mask(mask)))
     np.testing.assert_array_equal(coco_mask.decode(encoded), mask)
 
 
-def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        CocoResults(["x"], {}).write(path)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+def test_a_mask_is_upscaled_around_its_object_only(rng):
+    """Crops are the part of the whole mask that is not empty; without an object they are empty."""
+    logits = np.full((2, 24, 32), -5.0, np.float32)
+    logits[0, 5:9, 10:20] = rng.normal(1, 1, (4, 10))
+    size = (100, 210)
+    whole = upscale_masks(logits, size)
+    crop, y, x = upscale_crop(logits[0], size)
+    again = np.zeros(size, bool)
+    again[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+    np.testing.assert_array_equal(again, whole[0])
+    assert 0 < crop.size < whole[0].size / 4
+    assert upscale_crop(logits[1], size)[0].size == 0
+
+
+def test_boxes_can_come_from_the_masks(rng):
+    logits = np.full((2, 16, 16), -3.0, np.float32)
+    logits[0, 4:8, 2:12] = 3.0
+    boxes = np.full((2, 4), 0.5, np.float32)
+    found = detections(np.ones(2, np.float32), boxes, logits, (16, 16), boxes_from_masks=True)
+    np.testing.assert_array_equal(found.boxes, [[2, 4, 12, 8], [0, 0, 0, 0]])
+    placed = list(place(np.ones(2), boxes, logits, (16, 16), boxes_from_masks=True))
+    np.testing.assert_array_equal([one.box for one in placed], found.boxes)
+    predicted = list(place(np.ones(2), boxes, logits, (16, 16)))
+    np.testing.assert_array_equal(predicted[0].box, [4, 4, 12, 12])
+
+
+def test_annotations_end_at_the_image():
+    box = np.asarray([-3, -2, 25, 8], np.float32)
+    made = annotation("x", Placed(np.ones((4, 6), bool), 2, 3, box, 0.7), (10, 20))
+    assert made["bbox"] == [0, 0, 20, 8]
+    assert made["area"] == 24
+    mask = decode_mask(made["segmentation"])
+    assert mask.sum() == 24
+    assert mask[2:6, 3:9].all()

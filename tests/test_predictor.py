@@ -200,15 +200,16 @@ def test_encoded_text_is_accepted(predictor):
 
 def test_phrases_are_encoded_once_and_forgotten_in_time(predictor, monkeypatch):
     encoded = []
-    text = predictor._run.text
+    text = predictor.engine.run.text
 
     def counted(params: dict, ids: np.ndarray) -> TextFeatures:
         encoded.append(ids)
         return text(params, ids)
 
-    monkeypatch.setattr(predictor, "_run", predictor._run._replace(text=counted))
-    monkeypatch.setattr("sam3_jax.inference.image.PHRASES_KEPT", 2)
-    predictor._phrases.clear()
+    engine = predictor.engine
+    monkeypatch.setattr(engine, "run", engine.run._replace(text=counted))
+    monkeypatch.setattr("sam3_jax.inference.engine.PHRASES_KEPT", 2)
+    engine._phrases.clear()
     for phrase in ("a", "b", "a", "c", "a", "b"):  # c drops b, not a: a was used later
         predictor.encode_text(phrase)
     assert len(encoded) == 4
@@ -253,8 +254,9 @@ def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
     logits = np.full((3, 32, 32), 40.0, np.float32)
     logits[:, 10:14, 10:14] = -50.0
     predictor.predict_points([(50, 50)])
-    fake = {True: (logits, np.ones(3, np.float32))}
-    monkeypatch.setattr(predictor, "_run", predictor._run._replace(click=lambda *_: fake))
+    fake = {True: (logits[None], np.ones((1, 3), np.float32))}
+    engine = predictor.engine
+    monkeypatch.setattr(engine, "run", engine.run._replace(click=lambda *_: fake))
     result = predictor.predict_points([(50, 50)])
     assert result.masks.all()
     assert result.low_res_logits.min() == -32
@@ -291,12 +293,12 @@ def test_pyramids_are_made_once_and_only_when_needed(predictor, image, monkeypat
     calls = []
 
     def counted(name: str):
-        function = getattr(predictor._run, name)
+        function = getattr(predictor.engine.run, name)
         return lambda *args: calls.append(name) or function(*args)
 
     names = ("trunk", "detector_levels", "tracker_levels")
-    run = predictor._run._replace(**{name: counted(name) for name in names})
-    monkeypatch.setattr(predictor, "_run", run)
+    run = predictor.engine.run._replace(**{name: counted(name) for name in names})
+    monkeypatch.setattr(predictor.engine, "run", run)
     predictor.set_image(image)
     assert calls == ["trunk"]
     predictor.predict("cup")
@@ -311,7 +313,7 @@ def test_pyramids_are_made_once_and_only_when_needed(predictor, image, monkeypat
 
 
 def test_nothing_compiles_again_within_a_bucket(predictor):
-    ground, click = predictor._run.ground, predictor._run.click
+    ground, click = predictor.engine.run.ground_one, predictor.engine.run.click
     predictor.predict(["a", "b", "c"], TWO)
     predictor.predict_points(POINTS, box=BOX)
     before = ground._cache_size(), click._cache_size()
@@ -364,7 +366,7 @@ def test_several_devices_equal_one(predictor, image):
     mesh = make_mesh(data=1, tensor=3, devices=jax.devices()[:3])
     params, config = tiny_predictor.params(), tiny_predictor.config()
     spread = ImagePredictor(params, config, dtype="float32", mesh=mesh)
-    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(spread._params))
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(spread.engine.params))
     spread.set_image(image)
     actual, expected = (np.asarray(p._encoded.trunk) for p in (spread, predictor))
     # sums over heads in another order
@@ -376,11 +378,11 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     checkpoint.save(tmp_path / "ckpt", params, config)
     loaded = ImagePredictor.from_pretrained(tmp_path / "ckpt")
     assert loaded.config == config
-    jax.tree.map(np.testing.assert_array_equal, loaded._params, params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.engine.params, params)
     mesh = make_mesh(data=1, tensor=1, devices=jax.devices()[-1:])
     elsewhere = ImagePredictor.from_pretrained(str(tmp_path / "ckpt"), "bfloat16", mesh)
     assert elsewhere.dtype == jnp.bfloat16
-    for leaf in jax.tree.leaves(elsewhere._params):
+    for leaf in jax.tree.leaves(elsewhere.engine.params):
         assert leaf.devices() == {jax.devices()[-1]}
     with pytest.raises(checkpoint.CheckpointError, match="missing"):
         ImagePredictor.from_pretrained(tmp_path / "missing")
@@ -399,14 +401,16 @@ def test_compute_dtypes():
 
 def test_bfloat16_is_used_inside_and_float32_comes_out():
     params, config = tiny_predictor.params(), tiny_predictor.config()
-    run = ImagePredictor(params, config, dtype="bfloat16")._run
+    run = ImagePredictor(params, config, dtype="bfloat16").engine.run
     shape = jax.eval_shape  # nothing is compiled
     trunk = shape(run.trunk, params, np.zeros((1, 112, 112, 3), np.float32))
     text = shape(run.text, params, np.zeros((1, 32), np.int32))
     levels = shape(run.detector_levels, params, trunk)
     for inside in (trunk, text.tokens, *levels):
         assert inside.dtype == jnp.bfloat16
-    out = shape(run.ground, params, levels, [text], prompts.pad_geometry([Prompt("a")], (9, 9), 1))
+    out = shape(
+        run.ground_each, params, levels, [text], prompts.pad_geometry([Prompt("a")], [(9, 9)])
+    )
     assert {leaf.dtype for leaf in out} == {jnp.dtype("float32")}
     click = empty_click(1, 1, (32, 32))
     out = shape(run.click, params, shape(run.tracker_levels, params, trunk), click)
@@ -477,11 +481,11 @@ def test_order_of_calls(predictor, monkeypatch):
 
 
 def test_parts_that_a_checkpoint_lacks_are_named(predictor, monkeypatch):
-    params = predictor._params
-    monkeypatch.setattr(predictor, "_params", {k: v for k, v in params.items() if k != "tracker"})
+    engine, params = predictor.engine, predictor.engine.params
+    monkeypatch.setattr(engine, "params", {k: v for k, v in params.items() if k != "tracker"})
     with pytest.raises(RuntimeError, match="--part all or --part tracker"):
         predictor.predict_points([(1, 1)])
-    monkeypatch.setattr(predictor, "_params", {k: params[k] for k in ("vision", "tracker")})
+    monkeypatch.setattr(engine, "params", {k: params[k] for k in ("vision", "tracker")})
     with pytest.raises(RuntimeError, match="--part all or --part image"):
         predictor.predict("cup")
 

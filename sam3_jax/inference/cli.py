@@ -7,176 +7,228 @@ Exit status: 0 all pictures done, 1 some failed (the others are in the results),
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sam3_jax.inference.arguments import build_parser, parse_threshold
 from sam3_jax.inference.files import UsageError, expand_inputs
+from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, read_jobs
 
-USAGE = """
-  %(prog)s --checkpoint DIR --input FILE... --prompt TEXT... --output DIR
-  %(prog)s --checkpoint DIR --input FILE... --box x0,y0,x1,y1[,+|-]... [--prompt ...] --output DIR
-  optional: --threshold P, --dtype auto|bfloat16|float32"""
+if TYPE_CHECKING:
+    from sam3_jax.inference.bulk import Summary
+    from sam3_jax.inference.engine import Engine
+    from sam3_jax.inference.pipeline import Settings
 
-DESCRIPTION = """\
-Find every instance of a concept in pictures: a phrase, example boxes, or both.
-
-OUTPUT/results.json holds all masks in COCO format (run-length encoded, with boxes and scores);
-OUTPUT/NAME_overlay.png shows them. A picture that cannot be read is reported and skipped."""
-
-EXAMPLES = """\
-examples:
-  one picture, one phrase:
-    %(prog)s --checkpoint sam3_jax_ckpt --input photo.jpg --prompt "cat" --output out
-  a folder, two phrases, surer instances only:
-    %(prog)s --checkpoint sam3_jax_ckpt --input photos/ --prompt "red car" "traffic light" \\
-        --threshold 0.6 --output out
-  everything that looks like the thing in this box (pixels x0,y0,x1,y1):
-    %(prog)s --checkpoint sam3_jax_ckpt --input shelf.jpg --box 120,80,260,310 --output out
-  a phrase, but not what is in this box:
-    %(prog)s --checkpoint sam3_jax_ckpt --input shelf.jpg --prompt "bottle" \\
-        --box 400,90,520,330,- --output out
-
-The first picture takes longer: the model is compiled for this machine, and kept in
-~/.cache/sam3_jax for the next time (SAM3_JAX_CACHE_DIR=DIR moves it, =off disables it)."""
-
-
-def parse_box(text: str) -> tuple[tuple[float, ...], int]:
-    """``"x0,y0,x1,y1"``, optionally ``",+"`` or ``",-"``, -> box and label (1 or 0)."""
-    parts = [part.strip() for part in text.split(",")]
-    sign = parts.pop() if len(parts) == 5 else "+"
-    try:
-        box = tuple(map(float, parts))
-    except ValueError:
-        box = ()
-    if len(box) != 4 or sign not in ("+", "-"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not x0,y0,x1,y1 in pixels, optionally with ,+ or ,- (not like this)"
-        )
-    return box, int(sign == "+")
-
-
-def parse_threshold(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments and help."""
-    parser = argparse.ArgumentParser(
-        usage=USAGE,
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="folder of convert_torch_weights.py")
-    add(
-        "--input",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        type=Path,
-        help="pictures, or folders of pictures",
-    )
-    add(
-        "--prompt",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TEXT",
-        help='short noun phrases such as "yellow school bus", each one searched for by itself',
-    )
-    add(
-        "--box",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="BOX",
-        type=parse_box,
-        help="example boxes, x0,y0,x1,y1 in pixels of the picture; with ,- at the end: not like "
-        "this; boxes go with every phrase",
-    )
-    add("--output", required=True, metavar="DIR", type=Path, help="folder for the results")
-    add(
-        "--threshold",
-        default=0.5,
-        metavar="P",
-        type=parse_threshold,
-        help="keep instances scored above this, 0 to 1 (default 0.5)",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float32"),
-        help="precision of computation; auto: bfloat16 on GPU and TPU, float32 on CPU",
-    )
-    return parser
+__all__ = ["main", "parse_threshold"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        return _run(args)
+        if args.merge:
+            return _merge(args)
+        if args.export:
+            return _export(args)
+        with _termination_interrupts():
+            return _run(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the results hold what was done", file=sys.stderr)
+        print(
+            "interrupted; the results hold what was done, the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
 
 
-def _run(args: argparse.Namespace) -> int:
-    phrases = list(dict.fromkeys(args.prompt))
-    if not phrases and not args.box:
-        raise UsageError('say what to look for: --prompt "cat", --box x0,y0,x1,y1, or both')
-    if not all(phrase.strip() for phrase in phrases):
-        raise UsageError("--prompt has an empty phrase")
-    files = expand_inputs(args.input)
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM, with which clusters end jobs, leaves the results as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from sam3_jax.inference.merge import merge
+
+    print(merge(_output(args)))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sam3_jax.inference.export import export_checkpoint
+
+    print(export_checkpoint(_checkpoint(args), args.export, dtype=args.dtype))
+    return 0
+
+
+def _output(args: argparse.Namespace) -> Path:
+    if args.output is None:
+        raise UsageError("say where the results go: --output DIR")
+    return args.output
+
+
+def _checkpoint(args: argparse.Namespace) -> str:
+    if args.checkpoint is None:
+        raise UsageError("say which weights to use: --checkpoint DIR (convert_torch_weights.py)")
+    return args.checkpoint
+
+
+def read_work(args: argparse.Namespace) -> list[Job | BadLine]:
+    """The jobs of the command line or of its job file, each once.
+
+    Raises:
+      UsageError: on prompts or inputs that make no sense.
+    """
+    prompts = {
+        "phrases": list(dict.fromkeys(args.prompt)),
+        "boxes": [box for box, _ in args.box],
+        "box_labels": [label for _, label in args.box],
+        "points": [point for point, _ in args.point],
+        "point_labels": [label for _, label in args.point],
+        "object_box": args.object_box and args.object_box[0],
+        "mask_prompt": args.mask_prompt,
+    }
+    given = any(value for value in prompts.values()) or args.everything
+    if args.jobs:
+        if given or args.input:
+            raise UsageError("--jobs names pictures and prompts: leave out --input and prompts")
+        return list(read_jobs(args.jobs))
+    if not args.input:
+        raise UsageError("say which pictures: --input FILE..., or --jobs FILE")
+    if not given:
+        raise UsageError('say what to look for: --prompt "cat", --box x0,y0,x1,y1, or both')
+    if not all(phrase.strip() for phrase in prompts["phrases"]):
+        raise UsageError("--prompt has an empty phrase")
+    if args.everything:
+        if any(value for value in prompts.values()):
+            raise UsageError("--everything takes no prompts")
+        prompts = {"phrases": ["object"]}
+    files = expand_inputs(args.input, recursive=args.recursive)
+    try:
+        return [make_job(file, **prompts) for file in files]
+    except JobError as error:
+        raise UsageError(str(error)) from error
+
+
+def _run(args: argparse.Namespace) -> int:
+    checkpoint, output = _checkpoint(args), _output(args)
+    work = read_work(args)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {args.output}: {error}") from error
+        raise UsageError(f"cannot make the folder {output}: {error}") from error
 
     # Only now what takes seconds to import: --help and mistakes answer at once.
     from sam3_jax.checkpoint import CheckpointError
-    from sam3_jax.inference.batch import segment_files
-    from sam3_jax.inference.image import ImagePredictor
+    from sam3_jax.inference import bulk
 
+    share = _share(args)
     try:
-        predictor = ImagePredictor.from_pretrained(args.checkpoint, dtype=args.dtype)
-    except CheckpointError as error:
+        engine = bulk.load_engine(checkpoint, dtype=args.dtype, resolution=args.resolution)
+        settings = _settings(args, engine)
+    except (CheckpointError, ValueError) as error:
         raise UsageError(str(error)) from error
+    info = {"checkpoint": checkpoint, **_description(args, engine)}
     start = time.monotonic()
     try:
-        summary = segment_files(
-            predictor,
-            files,
-            args.output,
-            phrases=phrases,
-            boxes=[box for box, _ in args.box],
-            box_labels=[label for _, label in args.box],
-            threshold=args.threshold,
-            info={"checkpoint": args.checkpoint},
+        summary = bulk.run(
+            engine, work, output, settings, info=info, share=share, overwrite=args.overwrite
         )
     except OSError as error:
         print(f"error: cannot write the results: {error}", file=sys.stderr)
         return 1
-    seconds = time.monotonic() - start
-    done = len(files) - summary.failed
-    print(
-        f"{done} of {len(files)} pictures, {summary.instances} instances, {seconds:.1f} s: "
-        f"{summary.results}"
-    )
+    except RuntimeError as error:  # of the devices, or weights that the checkpoint lacks
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(_report(summary, time.monotonic() - start))
     if summary.failed:
         print(f"{summary.failed} failed; the results say why", file=sys.stderr)
     return int(summary.failed > 0)
+
+
+def _share(args: argparse.Namespace) -> Share:
+    """This process's part; joins the other hosts where that was asked for."""
+    if args.shard and args.distributed:
+        raise UsageError("--distributed finds the parts itself: leave out --shard")
+    if not args.distributed:
+        return Share(*args.shard) if args.shard else Share()
+    import jax
+
+    try:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"cannot join the other hosts ({error}); away from TPU pods and Slurm give "
+            "--coordinator HOST:PORT --num-processes N --process-id I"
+        ) from error
+    return Share(jax.process_index(), jax.process_count())
+
+
+def _settings(args: argparse.Namespace, engine: Engine) -> Settings:
+    from sam3_jax.inference.options import Options
+    from sam3_jax.inference.pipeline import Everything, Settings
+
+    options = Options(
+        presence=not args.no_presence,
+        nms=args.nms,
+        nms_threshold=args.nms_threshold,
+        max_instances=args.max_instances,
+        boxes=args.boxes,
+    ).check()
+    everything = Everything(args.points_per_side, args.crop_layers) if args.everything else None
+    return Settings(
+        threshold=args.threshold,
+        options=options,
+        batch_size=args.batch_size or engine.default_batch_size,
+        tile=args.tile,
+        everything=everything,
+        overlay=not args.no_overlay,
+        masks=args.masks,
+        semantic=args.semantic,
+        labelme=args.labelme,
+        yolo=args.yolo,
+        workers=max(args.workers, 1),
+    )
+
+
+def _description(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    """The settings that results depend on: a run goes on only under the same ones."""
+    info = {
+        "dtype": engine.dtype.name,
+        "resolution": engine.config.image_size,
+        "threshold": args.threshold,
+        "presence": not args.no_presence,
+        "nms": None if args.nms == "none" else [args.nms, args.nms_threshold],
+        "max_instances": args.max_instances,
+        "boxes_from": args.boxes,
+        "tile": args.tile,
+        "boxes": [[*box, "+" if label else "-"] for box, label in args.box],
+    }
+    if args.everything:
+        info["everything"] = [args.points_per_side, args.crop_layers]
+    return info
+
+
+def _report(summary: Summary, seconds: float) -> str:
+    done = f"{summary.done} of {summary.done + summary.failed} pictures"
+    before = f" ({summary.skipped} done before)" if summary.skipped else ""
+    return f"{done}{before}, {summary.instances} instances, {seconds:.1f} s: {summary.results}"

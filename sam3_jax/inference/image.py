@@ -1,48 +1,39 @@
 """Finds and segments things in one image at a time (upstream ``sam3/model/sam3_image_processor.py``
 and ``sam1_task_predictor.py``).
 
-A thin shell around the four entry points of the model: it compiles each of them once for a few
-padded sizes, keeps what can be used again (the image's features, the phrases'), and turns the
-outputs into pixels of the original image.
+A thin shell around the engine: it keeps what can be used again (the image's features) and turns
+the outputs into pixels of the original image.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from sam3_jax import checkpoint
 from sam3_jax.config import ModelConfig
 from sam3_jax.data.images import ImageSource, load_image, to_model_input
-from sam3_jax.inference import compile_cache, postprocess
+from sam3_jax.inference import postprocess
+from sam3_jax.inference.engine import PROMPT_BUCKETS, Engine, Kept
+from sam3_jax.inference.options import DEFAULTS, Options
 from sam3_jax.inference.postprocess import Detections
-from sam3_jax.inference.programs import RawOutput, compile_programs, compute_dtype, take_masks
+from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import (
     Prompt,
+    PromptError,
     Values,
-    bucket,
     click_prompt,
-    pad_geometry,
     phrase_of,
+    point_prompts,
 )
-from sam3_jax.models.detector import Sam3
-from sam3_jax.sharding import on_one_device, param_shardings
-from sam3_jax.tokenizer import default_tokenizer
 from sam3_jax.types import Levels, TextFeatures
 
-PROMPT_BUCKETS = (1, 2, 4)  # more prompts are grounded in groups: each needs 0.5 GB for its maps
-KEPT_BUCKETS = (1, 4, 16, 64, 256)  # masks that leave the device together
-PHRASES_KEPT = 256  # features of the latest phrases, 32 KB each
 LOW_RES_CLAMP = 32.0  # of the logits that a click returns for refinement
 
 
@@ -80,6 +71,7 @@ class ImagePredictor:
         *,
         dtype: Any = "auto",
         mesh: Mesh | None = None,
+        resolution: int | None = None,
     ):
         """Wraps parameters that are in memory already.
 
@@ -87,19 +79,24 @@ class ImagePredictor:
           params: nested dictionary of arrays, as :func:`sam3_jax.checkpoint.load` gives it.
           config: the model they belong to.
           dtype: of computation; "auto" is bfloat16 on accelerators and float32 on CPUs.
-          mesh: devices to spread the parameters over (:func:`sam3_jax.sharding.make_mesh`).
+          mesh: devices to spread parameters and batches over (:func:`sam3_jax.sharding.make_mesh`).
+          resolution: side of the square that images are resized to, a multiple of 14; None: what
+            the model was trained at (1008).
+
+        Raises:
+          ValueError: on an unknown ``dtype`` or an impossible ``resolution``.
         """
-        self.config = config
-        self.dtype = compute_dtype(dtype)
-        self._params = jax.device_put(params, param_shardings(params, mesh) if mesh else None)
-        self._run = compile_programs(Sam3(config, self.dtype), mesh)
-        self._tokenize = default_tokenizer()
-        self._phrases: collections.OrderedDict[str, TextFeatures] = collections.OrderedDict()
+        self.engine = Engine(params, config, dtype=dtype, mesh=mesh, resolution=resolution)
         self._encoded: _Encoded | None = None
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, dtype: Any = "auto", mesh: Mesh | None = None
+        cls,
+        path: str | os.PathLike,
+        dtype: Any = "auto",
+        mesh: Mesh | None = None,
+        *,
+        resolution: int | None = None,
     ) -> ImagePredictor:
         """Loads a converted checkpoint.
 
@@ -108,23 +105,33 @@ class ImagePredictor:
         Args:
           path: folder that ``convert_torch_weights.py`` wrote.
           dtype: of computation: "auto", "bfloat16" or "float32".
-          mesh: devices to spread the parameters over (:func:`sam3_jax.sharding.make_mesh`); None
-            uses one.
+          mesh: devices to spread parameters and batches over; None uses one.
+          resolution: see the class; smaller is quicker and finds less.
 
         Raises:
           CheckpointError: when there is no usable checkpoint at ``path``.
-          ValueError: on an unknown ``dtype``.
+          ValueError: on an unknown ``dtype`` or an impossible ``resolution``.
         """
-        compute = compute_dtype(dtype)
-        compile_cache.enable()
-        loaded = checkpoint.load(
-            path,
-            # The backbones' matrices in the dtype that they are multiplied in: half the memory.
-            dtype=None if compute == jnp.float32 else compute,
-            # Straight onto the devices: through NumPy there would be two copies of everything.
-            shardings=functools.partial(param_shardings, mesh=mesh) if mesh else on_one_device,
+        return cls.from_engine(
+            Engine.from_pretrained(path, dtype=dtype, mesh=mesh, resolution=resolution)
         )
-        return cls(loaded.params, loaded.config, dtype=dtype, mesh=mesh)
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> ImagePredictor:
+        """A predictor (one for each thread, say) that shares parameters and programs."""
+        predictor = cls.__new__(cls)
+        predictor.engine, predictor._encoded = engine, None
+        return predictor
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model, at the resolution in use."""
+        return self.engine.config
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of computation."""
+        return self.engine.dtype
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -142,18 +149,32 @@ class ImagePredictor:
         """
         pixels = load_image(image)
         side = self.config.image_size
-        trunk = self._run.trunk(self._params, to_model_input(pixels, (side, side))[None])
+        trunk = self.engine.trunk(to_model_input(pixels, (side, side))[None])
         self._encoded = _Encoded(pixels.shape[:2], trunk)
 
     def encode_text(self, phrase: str) -> TextFeatures:
         """Features of one phrase; :meth:`predict` takes them in place of the text."""
-        if phrase not in self._phrases:
-            token_ids = self._tokenize([phrase], self.config.text.context_length)
-            self._phrases[phrase] = self._run.text(self._params, token_ids)
-            if len(self._phrases) > PHRASES_KEPT:
-                self._phrases.popitem(last=False)
-        self._phrases.move_to_end(phrase)
-        return self._phrases[phrase]
+        return self.engine.encode_text(phrase)
+
+    def encode_exemplars(
+        self,
+        boxes: Values,
+        box_labels: Values | None = None,
+        text: str | TextFeatures | None = None,
+    ) -> TextFeatures:
+        """Features of what the boxes show on this image, to search *other* images for.
+
+        They stand behind those of the phrase, and :meth:`predict` takes the whole in place of a
+        text. The released model was trained with exemplars of the searched image only; across
+        images its weights are used beyond their training.
+
+        Args:
+          boxes, box_labels: as in :meth:`predict`.
+          text: a phrase for what they show; None: "visual", as with boxes alone.
+        """
+        image = self._with_detector()
+        prompt = Prompt(text, boxes, box_labels)
+        return self.engine.encode_exemplars(image.detector, prompt, image.size)
 
     def predict(
         self,
@@ -161,6 +182,8 @@ class ImagePredictor:
         boxes: Values = (),
         box_labels: Values | None = None,
         threshold: float = 0.5,
+        *,
+        options: Options = DEFAULTS,
     ) -> Detections | list[Detections]:
         """Finds every instance of a concept in the image.
 
@@ -170,32 +193,75 @@ class ImagePredictor:
             they say alone what to look for; with a list of texts they go with each of them.
           box_labels: 1 for boxes that show the concept (default), 0 for what it is not.
           threshold: keep instances with a score above it.
+          options: presence, suppression of duplicates, number of instances, kind of boxes.
 
         Raises:
           PromptError: on an empty or impossible prompt.
           RuntimeError: before :meth:`set_image`, or when the checkpoint lacks the weights.
         """
         one, asked = _asked(text, boxes, box_labels)
-        found = self.predict_many(asked, threshold)
+        found = self.predict_many(asked, threshold, options=options)
         return found[0] if one else found
 
-    def predict_many(self, prompts: Sequence[Prompt], threshold: float = 0.5) -> list[Detections]:
+    def predict_many(
+        self, prompts: Sequence[Prompt], threshold: float = 0.5, *, options: Options = DEFAULTS
+    ) -> list[Detections]:
         """Instances of each of several prompts, in their order; see :meth:`predict`."""
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
-        results = []
+        _check(threshold, options)
+        kept: list[Kept] = []
         for count, out in self._ground(prompts):
-            logits, presence, boxes = jax.device_get(
-                (out.pred_logits, out.presence_logits, out.pred_boxes)
-            )
-            scores = postprocess.instance_scores(logits, presence)
-            for i in range(count):
-                kept = postprocess.select(scores[i], threshold)
-                queries = np.zeros(bucket(len(kept), KEPT_BUCKETS), np.int32)
-                queries[: len(kept)] = kept
-                masks = np.asarray(take_masks(out.pred_masks, np.int32(i), queries))[: len(kept)]
+            kept += self.engine.keep(out, [threshold] * count, options)
+        tight = self.engine.boxes_from_masks(options)
+        return [
+            postprocess.detections(*one[:3], self.image_size, boxes_from_masks=tight)
+            for one in kept
+        ]
+
+    def predict_batch(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]],
+        threshold: float = 0.5,
+        *,
+        options: Options = DEFAULTS,
+        batch_size: int = 8,
+    ) -> list[list[Detections]]:
+        """Several images of any sizes at once; the image that was set stays as it is.
+
+        Args:
+          images: files, PIL images or arrays.
+          prompts: the same for all images, or a list for each of them.
+          batch_size: images on the devices together.
+
+        Returns:
+          for each image the instances of each of its prompts.
+
+        Raises:
+          ImageError: when one of the images cannot be read.
+          PromptError: on an empty or impossible prompt.
+        """
+        _check(threshold, options)
+        if prompts and not isinstance(prompts[0], Prompt):
+            asked = [list(own) for own in prompts]
+        else:
+            asked = [list(prompts)] * len(images)
+        if len(asked) != len(images):
+            raise PromptError(f"{len(asked)} lists of prompts for {len(images)} images")
+        tight, side = self.engine.boxes_from_masks(options), self.config.image_size
+        results: list[list[Detections]] = []
+        for start in range(0, len(images), batch_size):
+            pixels = [load_image(image) for image in images[start : start + batch_size]]
+            sizes = [image.shape[:2] for image in pixels]
+            inputs = np.stack([to_model_input(image, (side, side)) for image in pixels])
+            own = asked[start : start + batch_size]
+            rounds = self.engine.submit(inputs, own, sizes, batch_size)
+            for size, kept in zip(
+                sizes,
+                self.engine.collect(rounds, [[threshold] * len(p) for p in own], options),
+                strict=True,
+            ):
                 results.append(
-                    postprocess.detections(scores[i][kept], boxes[i][kept], masks, self.image_size)
+                    [postprocess.detections(*k[:3], size, boxes_from_masks=tight) for k in kept]
                 )
         return results
 
@@ -234,8 +300,7 @@ class ImagePredictor:
           PromptError: on an empty or impossible prompt.
           RuntimeError: before :meth:`set_image`, or when the checkpoint lacks the weights.
         """
-        self._require("tracker", part="tracker")
-        image = self._image()
+        image = self._with_tracker()
         frame = self.config.image_size
         prompt = click_prompt(
             points,
@@ -244,51 +309,79 @@ class ImagePredictor:
             mask_input,
             size=image.size,
             frame=frame,
-            mask_side=4 * (frame // self.config.vision.patch_size),
+            mask_side=self.engine.mask_side,
         )
-        if image.tracker is None:
-            image.tracker = self._run.tracker_levels(self._params, image.trunk)
-        results = self._run.click(self._params, image.tracker, prompt)
-        logits, iou = jax.device_get(results[bool(multimask)])
+        results = self.engine.run.click(self.engine.params, image.tracker, prompt)
+        logits, iou = (array[0] for array in jax.device_get(results[bool(multimask)]))
         return ClickResult(
             masks=postprocess.upscale_masks(postprocess.fill_holes(logits), image.size),
             iou=iou,
             low_res_logits=np.clip(logits, -LOW_RES_CLAMP, LOW_RES_CLAMP),
         )
 
-    def _require(self, module: str, *, part: str) -> None:
-        """A checkpoint may hold a part of the model only."""
-        if module not in self._params:
-            raise RuntimeError(
-                f"the checkpoint has no weights for this ({module}): convert the source again "
-                f"with --part all or --part {part}"
-            )
+    def predict_point_batch(
+        self, points: Values, *, multimask: bool = True
+    ) -> tuple[Float[np.ndarray, "n m s s"], Float[np.ndarray, "n m"]]:
+        """Many points, each an object of its own: three hypotheses for every one.
+
+        Args:
+          points: (n, 2) pixels (x, y) of the original image.
+          multimask: three hypotheses each, or one.
+
+        Returns:
+          low-resolution mask logits, and the model's own estimate of each mask's quality.
+
+        Raises:
+          PromptError, RuntimeError: as :meth:`predict_points`.
+        """
+        image = self._with_tracker()
+        prompt = point_prompts(
+            points,
+            size=image.size,
+            frame=self.config.image_size,
+            mask_side=self.engine.mask_side,
+        )
+        count = len(np.atleast_2d(points))
+        results = self.engine.run.click(self.engine.params, image.tracker, prompt)
+        masks, iou = results[bool(multimask)]
+        return np.asarray(masks)[:count], np.asarray(iou)[:count]
 
     def _image(self) -> _Encoded:
         if self._encoded is None:
             raise RuntimeError("there is no image yet: call set_image first")
         return self._encoded
 
+    def _with_detector(self) -> _Encoded:
+        self.engine.require("decoder", part="image")
+        image = self._image()
+        if image.detector is None:
+            image.detector = self.engine.run.detector_levels(self.engine.params, image.trunk)
+        return image
+
+    def _with_tracker(self) -> _Encoded:
+        self.engine.require("tracker", part="tracker")
+        image = self._image()
+        if image.tracker is None:
+            image.tracker = self.engine.run.tracker_levels(self.engine.params, image.trunk)
+        return image
+
     def _ground(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, RawOutput]]:
         """Grounds prompts in groups; of each the number of prompts and the padded outputs."""
-        self._require("decoder", part="image")
-        image = self._image()
-        phrases = [phrase_of(prompt) for prompt in prompts]
-        if image.detector is None:
-            image.detector = self._run.detector_levels(self._params, image.trunk)
+        image = self._with_detector()
+        for prompt in prompts:
+            phrase_of(prompt)  # complains before anything has run
         for start in range(0, len(prompts), PROMPT_BUCKETS[-1]):
             group = prompts[start : start + PROMPT_BUCKETS[-1]]
-            length = bucket(len(group), PROMPT_BUCKETS)
-            geometry = pad_geometry(group, image.size, length)
-            texts = [
-                self.encode_text(p) if isinstance(p, str) else p
-                for p in phrases[start : start + len(group)]
-            ]
-            texts += texts[:1] * (length - len(group))
-            yield len(group), self._run.ground(self._params, image.detector, texts, geometry)
+            yield len(group), self.engine.ground_one(image.detector, group, image.size)
 
 
 def _asked(text: Any, boxes: Values, box_labels: Values | None) -> tuple[bool, list[Prompt]]:
     """Whether one result was asked for, and the prompts."""
     one = text is None or isinstance(text, str | TextFeatures)
     return one, [Prompt(t, boxes, box_labels) for t in ([text] if one else text)]
+
+
+def _check(threshold: float, options: Options) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
+    options.check()

@@ -14,6 +14,8 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float, Int
 
+from sam3_jax.inference.nms import boxes_of_masks
+
 MAX_HOLE_AREA = 256  # low-resolution pixels; upstream's default for the released 288 x 288 masks
 HOLE_FILL_LOGIT = 10.0
 ROWS_AT_A_TIME = 64  # of an upscaled mask: one block of a 4K picture stays in a CPU's cache
@@ -46,10 +48,14 @@ def sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def instance_scores(
-    pred_logits: Float[np.ndarray, "*p q"], presence_logits: Float[np.ndarray, "*p"]
+    pred_logits: Float[np.ndarray, "*p q"], presence_logits: Float[np.ndarray, "*p"] | None
 ) -> Float[np.ndarray, "*p q"]:
-    """Probability of every query: its own times the concept's probability to be in the image."""
-    return sigmoid(pred_logits) * sigmoid(presence_logits)[..., None]
+    """Probability of every query: its own times the concept's probability to be in the image.
+
+    ``presence_logits`` None leaves the second out.
+    """
+    scores = sigmoid(pred_logits)
+    return scores if presence_logits is None else scores * sigmoid(presence_logits)[..., None]
 
 
 def select(scores: Float[np.ndarray, " q"], threshold: float) -> Int[np.ndarray, " n"]:
@@ -93,28 +99,39 @@ def upscale_masks(
 ) -> Bool[np.ndarray, "n height width"]:
     """Resizes mask logits bilinearly to ``size`` (height, width) and thresholds them at 0.
 
-    Works on one mask and a few rows at a time, so beside the result (a byte a pixel) it needs only
-    some MB, however large the image. An interpolated logit can be positive only where one of its
-    inputs is; everything outside the rectangle of positive inputs is left out.
+    Works on one mask at a time, so beside the result (a byte a pixel) it needs little.
+    """
+    masks = np.zeros((len(logits), *size), bool)
+    for mask, low_res in zip(masks, logits, strict=True):
+        crop, y, x = upscale_crop(low_res, size)
+        mask[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+    return masks
+
+
+def upscale_crop(
+    logits: Float[np.ndarray, "h w"], size: tuple[int, int]
+) -> tuple[Bool[np.ndarray, "_ _"], int, int]:
+    """One mask of :func:`upscale_masks` around its object: the crop and its first row and column.
+
+    An interpolated logit can be positive only where one of its inputs is; everything outside the
+    rectangle of positive inputs is left out. The rest is computed a few rows at a time.
     """
     logits = np.asarray(logits, np.float32)
-    n, h, w = logits.shape
-    masks = np.zeros((n, *size), bool)
-    y0, y1, wy = _taps(h, size[0])
-    x0, x1, wx = _taps(w, size[1])
-    for mask, low_res in zip(masks, logits, strict=True):
-        positive = low_res > 0
-        if not positive.any():
-            continue
-        rows = _touched(y0, y1, positive.any(1))
-        cols = _touched(x0, x1, positive.any(0))
-        left, right = low_res[:, x0[cols]], low_res[:, x1[cols]]
-        wide = left + wx[cols] * (right - left)
-        for start in range(rows.start, rows.stop, ROWS_AT_A_TIME):
-            block = slice(start, min(start + ROWS_AT_A_TIME, rows.stop))
-            top, bottom = wide[y0[block]], wide[y1[block]]
-            mask[block, cols] = top + wy[block, None] * (bottom - top) > 0
-    return masks
+    positive = logits > 0
+    if not positive.any():
+        return np.zeros((0, 0), bool), 0, 0
+    (y0, y1, wy), (x0, x1, wx) = (_taps(n, m) for n, m in zip(logits.shape, size, strict=True))
+    rows = _touched(y0, y1, positive.any(1))
+    cols = _touched(x0, x1, positive.any(0))
+    left, right = logits[:, x0[cols]], logits[:, x1[cols]]
+    wide = left + wx[cols] * (right - left)
+    crop = np.zeros((rows.stop - rows.start, cols.stop - cols.start), bool)
+    for start in range(rows.start, rows.stop, ROWS_AT_A_TIME):
+        block = slice(start, min(start + ROWS_AT_A_TIME, rows.stop))
+        top, bottom = wide[y0[block]], wide[y1[block]]
+        here = top + wy[block, None] * (bottom - top) > 0
+        crop[block.start - rows.start : block.stop - rows.start] = here
+    return crop, int(rows.start), int(cols.start)
 
 
 def fill_holes(
@@ -135,10 +152,16 @@ def detections(
     boxes: Float[np.ndarray, "n 4"],
     mask_logits: Float[np.ndarray, "n h w"],
     size: tuple[int, int],
+    *,
+    boxes_from_masks: bool = False,
 ) -> Detections:
-    """Kept queries (as ordered by :func:`select`) -> instances on an image of ``size``."""
+    """Kept queries (as ordered by :func:`select`) -> instances on an image of ``size``.
+
+    ``boxes_from_masks``: tight ones around the masks instead of the predicted ``boxes``.
+    """
+    masks = upscale_masks(mask_logits, size)
     return Detections(
-        masks=upscale_masks(mask_logits, size),
-        boxes=boxes_to_pixels(boxes, size),
+        masks=masks,
+        boxes=boxes_of_masks(masks) if boxes_from_masks else boxes_to_pixels(boxes, size),
         scores=np.asarray(scores, np.float32),
     )

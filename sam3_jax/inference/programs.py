@@ -1,4 +1,4 @@
-"""The model's entry points as compiled programs of an image predictor.
+"""The model's entry points as compiled programs.
 
 One program for an entry point and a set of padded sizes; outputs are float32.
 """
@@ -38,11 +38,13 @@ class RawOutput(NamedTuple):
 class Programs(NamedTuple):
     """The model's entry points, jitted; parameters come first."""
 
-    trunk: Callable[[Any, Float[Array, "1 s s 3"]], Array]
+    trunk: Callable[[Any, Float[Array, "b s s 3"]], Array]
     detector_levels: Callable[[Any, Array], Levels]
     tracker_levels: Callable[[Any, Array], Levels]
     text: Callable[[Any, Int[Array, "1 n"]], TextFeatures]
-    ground: Callable[[Any, Levels, Sequence[TextFeatures], Geometry], RawOutput]
+    ground_one: Callable[[Any, Levels, Sequence[TextFeatures], Geometry], RawOutput]
+    ground_each: Callable[[Any, Levels, Sequence[TextFeatures], Geometry], RawOutput]
+    exemplars: Callable[[Any, Levels, Geometry], TextFeatures]
     click: Callable[[Any, Levels, ClickPrompt], dict[bool, tuple[Array, Array]]]
 
 
@@ -71,7 +73,7 @@ def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
     def apply(params: Any, *args: Any, method: str) -> Any:
         return model.apply({"params": params}, *args, method=method)
 
-    def trunk(params: Any, pixels: Float[Array, "1 s s 3"]) -> Array:
+    def trunk(params: Any, pixels: Float[Array, "b s s 3"]) -> Array:
         return apply(params, pixels, method="encode_trunk")
 
     def detector_levels(params: Any, features: Array) -> Levels:
@@ -84,19 +86,33 @@ def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
         return apply(params, token_ids, method="encode_text")
 
     def ground(
-        params: Any, levels: Levels, texts: Sequence[TextFeatures], geometry: Geometry
+        params: Any,
+        levels: Levels,
+        texts: Sequence[TextFeatures],
+        geometry: Geometry,
+        image_index: Array | None,
     ) -> RawOutput:
         features = TextFeatures(*(jnp.concatenate(parts) for parts in zip(*texts, strict=True)))
-        each = jnp.arange(len(texts))
-        out = apply(params, levels, features, geometry, 0 * each, each, method="ground")
+        out = apply(params, levels, features, geometry, image_index, None, method="ground")
         return RawOutput(*(getattr(out, f).astype(jnp.float32) for f in RawOutput._fields))
 
+    def ground_one(params: Any, levels: Levels, texts: Any, geometry: Geometry) -> RawOutput:
+        return ground(params, levels, texts, geometry, jnp.zeros(len(texts), jnp.int32))
+
+    def ground_each(params: Any, levels: Levels, texts: Any, geometry: Geometry) -> RawOutput:
+        return ground(params, levels, texts, geometry, None)
+
+    def exemplars(params: Any, levels: Levels, geometry: Geometry) -> TextFeatures:
+        tokens, mask = apply(params, geometry, levels[-1], method="encode_geometry")
+        return TextFeatures(tokens, mask)
+
     def click(params: Any, levels: Levels, prompt: ClickPrompt) -> dict[bool, tuple]:
-        out = apply(params, levels, prompt, jnp.zeros(1, jnp.int32), method="click")
+        image_index = jnp.zeros(len(prompt.points), jnp.int32)
+        out = apply(params, levels, prompt, image_index, method="click")
         results = {}
         for multimask in (True, False):
             masks, iou = select_masks(out, model.config.sam, multimask=multimask)
-            results[multimask] = masks[0].astype(jnp.float32), iou[0].astype(jnp.float32)
+            results[multimask] = masks.astype(jnp.float32), iou.astype(jnp.float32)
         return results
 
     def compiled(function: Callable) -> Callable:
@@ -108,8 +124,8 @@ def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
 
         return jitted if mesh is None else run
 
-    functions = (trunk, detector_levels, tracker_levels, text, ground, click)
-    return Programs(*map(compiled, functions))
+    images = (trunk, detector_levels, tracker_levels)
+    return Programs(*map(compiled, (*images, text, ground_one, ground_each, exemplars, click)))
 
 
 @jax.jit

@@ -16,10 +16,12 @@ from jaxtyping import Float, Int
 from sam3_jax.types import ClickPrompt, Geometry, TextFeatures
 
 Values = np.ndarray | jax.Array | Sequence[Any]  # numbers as a caller has them
+Size = tuple[int, int]  # (height, width) in pixels
 
 VISUAL = "visual"  # the phrase that stands for "no text"
 BOX_BUCKETS = (0, 1, 4, 16, 64)
 POINT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+PROMPT_BUCKETS = (1, 4, 16, 64)  # of points that are prompts of their own
 BOX_CORNERS = (2, 3)  # labels of a box's corners among points
 PADDING = -2  # label of a point that is not there
 
@@ -90,7 +92,7 @@ def _labels(values: Values | None, n: int, name: str) -> Int[np.ndarray, " n"]:
     return array.astype(np.int32)
 
 
-def _boxes(values: Values, size: tuple[int, int], name: str) -> Float[np.ndarray, "n 4"]:
+def _boxes(values: Values, size: Size, name: str) -> Float[np.ndarray, "n 4"]:
     """Boxes in pixels, checked against the image's (height, width)."""
     boxes = _array(values, 4, name)
     height, width = size
@@ -103,20 +105,18 @@ def _boxes(values: Values, size: tuple[int, int], name: str) -> Float[np.ndarray
     return boxes
 
 
-def pad_geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) -> Geometry:
-    """Boxes of several prompts on images of ``size`` (height, width), padded together.
+def pad_geometry(prompts: Sequence[Prompt], sizes: Sequence[Size]) -> Geometry:
+    """Boxes of several prompts, padded together.
 
     Args:
-      prompts: at most ``length``.
-      size: of the original image, in pixels.
-      length: of the prompt axis; rows beyond the prompts have no boxes.
+      prompts: of one or of several images.
+      sizes: (height, width) in pixels of the original image of each prompt.
 
     Raises:
       PromptError: on boxes or labels that cannot be used.
     """
-    height, width = size
-    boxes = [_boxes(p.boxes, size, "boxes") for p in prompts]
-    n = bucket(max(map(len, boxes)), BOX_BUCKETS)
+    boxes = [_boxes(p.boxes, size, "boxes") for p, size in zip(prompts, sizes, strict=True)]
+    length, n = len(prompts), bucket(max(map(len, boxes)), BOX_BUCKETS)
     padded = Geometry(
         points=np.zeros((length, 0, 2), np.float32),
         point_labels=np.zeros((length, 0), np.int32),
@@ -128,8 +128,8 @@ def pad_geometry(prompts: Sequence[Prompt], size: tuple[int, int], length: int) 
         mask_labels=np.zeros((length, 0), np.int32),
         mask_mask=np.zeros((length, 0), bool),
     )
-    scale = np.asarray([width, height], np.float32)
     for i, (prompt, pixels) in enumerate(zip(prompts, boxes, strict=True)):
+        scale = np.asarray(sizes[i][::-1], np.float32)
         low, high = pixels[:, :2] / scale, pixels[:, 2:] / scale
         padded.boxes[i, : len(pixels)] = np.concatenate([(low + high) / 2, high - low], axis=1)
         padded.box_labels[i, : len(pixels)] = _labels(prompt.box_labels, len(pixels), "box_labels")
@@ -143,7 +143,7 @@ def click_prompt(
     box: Values | None,
     mask_input: Values | None,
     *,
-    size: tuple[int, int],
+    size: Size,
     frame: int,
     mask_side: int,
 ) -> ClickPrompt:
@@ -168,11 +168,7 @@ def click_prompt(
     coordinates = _array([] if points is None else points, 2, "points")
     kinds = _labels(labels, len(coordinates), "labels")
     height, width = size
-    if ((coordinates < 0) | (coordinates > (width, height))).any():
-        raise PromptError(
-            f"points must lie on the image of {width} x {height} pixels, as (x, y): "
-            f"{coordinates.tolist()}"
-        )
+    _check_inside(coordinates, size)
     if box is not None:
         corners = _boxes(np.atleast_2d(box), size, "box")
         if len(corners) != 1:
@@ -193,6 +189,38 @@ def click_prompt(
         mask_input=_mask_logits(mask_input, mask_side),
         has_mask=np.asarray([mask_input is not None]),
     )
+
+
+def point_prompts(points: Values, *, size: Size, frame: int, mask_side: int) -> ClickPrompt:
+    """Points, each a prompt of its own -> a batch of prompts, padded to a bucket.
+
+    Args: see :func:`click_prompt`.
+
+    Raises:
+      PromptError: on points that cannot be used.
+    """
+    coordinates = _array(np.atleast_2d(points), 2, "points")
+    if not len(coordinates):
+        raise PromptError("there are no points")
+    _check_inside(coordinates, size)
+    n = bucket(len(coordinates), PROMPT_BUCKETS)
+    xy = np.zeros((n, 1, 2), np.float32)
+    xy[: len(coordinates), 0] = coordinates / size[::-1] * frame
+    return ClickPrompt(
+        points=xy,
+        labels=np.ones((n, 1), np.int32),
+        mask_input=np.zeros((n, mask_side, mask_side), np.float32),
+        has_mask=np.zeros(n, bool),
+    )
+
+
+def _check_inside(points: Float[np.ndarray, "n 2"], size: Size) -> None:
+    height, width = size
+    if ((points < 0) | (points > (width, height))).any():
+        raise PromptError(
+            f"points must lie on the image of {width} x {height} pixels, as (x, y): "
+            f"{points.tolist()}"
+        )
 
 
 def _mask_logits(mask_input: Values | None, side: int) -> Float[np.ndarray, "1 s s"]:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.models.decoder import Decoder
@@ -105,6 +105,13 @@ class Sam3(nn.Module):
     def encode_text(self, token_ids: Int[Array, "t n"]) -> TextFeatures:
         """Token ids, zero padded, to prompt tokens."""
         return self.text(token_ids)
+
+    def encode_geometry(
+        self, geometry: Geometry, coarse: Float[Array, "p h w d"]
+    ) -> tuple[Float[Array, "p n d"], Bool[Array, "p n"]]:
+        """Prompt tokens of boxes, points and masks on the coarsest maps of their images."""
+        tokens, mask = self.geometry(geometry, coarse)
+        return tokens.astype(self.dtype), mask
 
     def ground(
         self,

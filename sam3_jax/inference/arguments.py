@@ -1,0 +1,316 @@
+"""The arguments of ``infer.py`` and its help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sam3_jax.inference.options import BOXES, NMS
+
+USAGE = """
+  %(prog)s --checkpoint DIR --input FILE... --prompt TEXT... --output DIR
+  %(prog)s --checkpoint DIR --input FILE... --box x0,y0,x1,y1[,+|-]... [--prompt ...] --output DIR
+  %(prog)s --checkpoint DIR --input FILE --point x,y[,+|-]... --output DIR
+  %(prog)s --checkpoint DIR --input FILE... --everything --output DIR
+  %(prog)s --checkpoint DIR --jobs FILE.jsonl --output DIR
+  %(prog)s --merge --output DIR
+  %(prog)s --checkpoint DIR --export DIR"""
+
+DESCRIPTION = """\
+Find every instance of a concept in pictures: a phrase, example boxes, or both. Or segment one
+object by points, a box or a mask; or everything there is.
+
+OUTPUT/results.json holds all masks in COCO format (run-length encoded, with boxes and scores);
+OUTPUT/NAME_overlay.png shows them. A picture that cannot be read is reported and skipped. A run
+that was stopped, or killed, goes on where it was when the same command is given again."""
+
+EXAMPLES = """\
+examples:
+  one picture, one phrase:
+    %(prog)s --checkpoint sam3_jax_ckpt --input photo.jpg --prompt "cat" --output out
+  a folder with all its folders, two phrases, surer instances only:
+    %(prog)s --checkpoint sam3_jax_ckpt --input photos/ --recursive \\
+        --prompt "red car" "traffic light" --threshold 0.6 --output out
+  everything that looks like the thing in this box (pixels x0,y0,x1,y1):
+    %(prog)s --checkpoint sam3_jax_ckpt --input shelf.jpg --box 120,80,260,310 --output out
+  a phrase, but not what is in this box:
+    %(prog)s --checkpoint sam3_jax_ckpt --input shelf.jpg --prompt "bottle" \\
+        --box 400,90,520,330,- --output out
+  one object, by a click on it and one beside it:
+    %(prog)s --checkpoint sam3_jax_ckpt --input photo.jpg --point 320,240 --point 500,90,- \\
+        --output out
+  masks for annotation tools, no pictures, ten at a time:
+    %(prog)s --checkpoint sam3_jax_ckpt --input 'data/**/*.jpg' --prompt "person" \\
+        --labelme --yolo --no-overlay --batch-size 10 --output out
+  small things in a huge picture:
+    %(prog)s --checkpoint sam3_jax_ckpt --input aerial.tif --prompt "car" --tile 1500 --output out
+  four machines that share the disk (then once: %(prog)s --merge --output out):
+    %(prog)s ... --shard 0/4 --output out      %(prog)s ... --shard 1/4 --output out      ...
+
+Different prompts for every picture: --jobs FILE, one JSON object a line, for example
+    {"image": "a.jpg", "phrases": ["cat"], "boxes": [[9, 8, 60, 90]], "threshold": 0.4}
+    {"image": "b.jpg", "points": [[320, 200]]}
+(all keys: docs/inference.md).
+
+The first picture takes longer: the model is compiled for this machine, and kept in
+~/.cache/sam3_jax for the next time (SAM3_JAX_CACHE_DIR=DIR moves it, =off disables it).
+
+exit status: 0 all done, 1 some pictures failed (the results say why), 2 could not start,
+130 interrupted."""
+
+Box = tuple[float, float, float, float]
+
+
+def _signed(text: str, form: str) -> tuple[tuple[float, ...], int]:
+    """Numbers as many as ``form`` names, then maybe + or -, all separated by commas."""
+    count = len(form.split(","))
+    parts = [part.strip() for part in text.split(",")]
+    sign = parts.pop() if len(parts) == count + 1 else "+"
+    try:
+        values = tuple(map(float, parts))
+    except ValueError:
+        values = ()
+    if len(values) != count or sign not in ("+", "-"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {form} in pixels, optionally with ,+ or ,- (not like this)"
+        )
+    return values, int(sign == "+")
+
+
+def parse_box(text: str) -> tuple[tuple[float, ...], int]:
+    """``"x0,y0,x1,y1"``, optionally ``",+"`` or ``",-"``, -> box and label (1 or 0)."""
+    return _signed(text, "x0,y0,x1,y1")
+
+
+def parse_point(text: str) -> tuple[tuple[float, ...], int]:
+    """``"x,y"``, optionally ``",+"`` or ``",-"``, -> point and label (1 or 0)."""
+    return _signed(text, "x,y")
+
+
+def parse_threshold(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def parse_count(text: str) -> int:
+    """A number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``"I/N"``: the part with number I (from 0) of N."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1, such as 0/4")
+    return int(first), int(second)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All arguments."""
+    parser = argparse.ArgumentParser(
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", metavar="DIR", help="folder of convert_torch_weights.py")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder for the results and all other outputs"
+    )
+    _add_inputs(parser)
+    _add_prompts(parser)
+    _add_settings(parser)
+    _add_outputs(parser)
+    _add_running(parser)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        type=Path,
+        help="pictures, folders of pictures, or patterns such as 'photos/**/*.jpg'",
+    )
+    group.add_argument("--recursive", action="store_true", help="folders with all folders in them")
+    group.add_argument(
+        "--jobs", metavar="FILE", type=Path, help="a picture and its prompts a line, instead"
+    )
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to find: a concept, every instance of it")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    group.add_argument(
+        "--prompt",
+        **several,
+        metavar="TEXT",
+        help='short noun phrases such as "yellow school bus", each one searched for by itself; '
+        "the picture goes through the backbone once",
+    )
+    group.add_argument(
+        "--box",
+        **several,
+        metavar="BOX",
+        type=parse_box,
+        help="example boxes, x0,y0,x1,y1 in pixels of the picture; with ,- at the end: not like "
+        "this; boxes go with every phrase, or stand alone",
+    )
+    group = parser.add_argument_group("or one object")
+    group.add_argument(
+        "--point",
+        **several,
+        metavar="POINT",
+        type=parse_point,
+        help="x,y on the object; with ,- at the end: not on it",
+    )
+    group.add_argument(
+        "--object-box", metavar="BOX", type=parse_box, help="x0,y0,x1,y1 around the object"
+    )
+    group.add_argument(
+        "--mask-prompt",
+        metavar="FILE",
+        type=Path,
+        help="a rough mask of the object to refine: a picture of the same size, the object not "
+        "black",
+    )
+    group = parser.add_argument_group("or everything")
+    group.add_argument(
+        "--everything", action="store_true", help="masks of all there is, from a grid of points"
+    )
+    group.add_argument(
+        "--points-per-side",
+        default=32,
+        metavar="N",
+        type=parse_count,
+        help="of the grid (default 32: 1024 points)",
+    )
+    group.add_argument(
+        "--crop-layers",
+        default=0,
+        metavar="N",
+        type=parse_count,
+        help="search crops of the picture too, 4^n in layer n (default 0)",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings")
+    add = group.add_argument
+    add(
+        "--threshold",
+        default=0.5,
+        metavar="P",
+        type=parse_threshold,
+        help="keep instances scored above this, 0 to 1 (default 0.5)",
+    )
+    add(
+        "--no-presence",
+        action="store_true",
+        help="score instances alone, without the probability that the concept is there at all: "
+        "finds more, which helps counting",
+    )
+    add(
+        "--nms",
+        default="none",
+        choices=NMS,
+        help="drop the worse of two overlapping instances of a phrase; by intersection over union, "
+        "or over the smaller (default none)",
+    )
+    add("--nms-threshold", default=0.5, metavar="P", type=parse_threshold, help="(default 0.5)")
+    add(
+        "--max-instances",
+        default=0,
+        metavar="N",
+        type=parse_count,
+        help="keep the best N of a phrase (default 0: all)",
+    )
+    add(
+        "--boxes",
+        default="auto",
+        choices=BOXES,
+        help="the model's, or tight ones around the masks; auto: the model's at the resolution "
+        "that it was trained at (default)",
+    )
+    add(
+        "--resolution",
+        metavar="PIXELS",
+        type=parse_count,
+        help="side that pictures are resized to, a multiple of 14, best of 336 (default 1008)",
+    )
+    add(
+        "--tile",
+        default=0,
+        metavar="PIXELS",
+        type=parse_count,
+        help="cut pictures that are larger into overlapping tiles of this side, beside searching "
+        "the whole (default 0: never)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="precision of computation; auto: bfloat16 on GPU and TPU, float32 on CPU",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("outputs beside results.json")
+    add = group.add_argument
+    add("--no-overlay", action="store_true", help="do not draw pictures")
+    add("--masks", action="store_true", help="every mask as a black and white PNG")
+    add("--semantic", action="store_true", help="a probability map for each phrase as PNG")
+    add("--labelme", action="store_true", help="polygons for LabelMe (JSON)")
+    add("--yolo", action="store_true", help="polygons for YOLO segmentation (text)")
+    add(
+        "--export",
+        metavar="DIR",
+        type=Path,
+        help="write the model as StableHLO programs for use without this package, and stop",
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add(
+        "--batch-size",
+        metavar="N",
+        type=parse_count,
+        help="pictures on the devices together (default: 8 for each GPU or TPU, 1 for each CPU "
+        "device); several devices share a batch",
+    )
+    add(
+        "--workers",
+        default=4,
+        metavar="N",
+        type=parse_count,
+        help="threads each for reading and writing (default 4)",
+    )
+    add("--overwrite", action="store_true", help="start again, instead of going on")
+    add("--shard", metavar="I/N", type=parse_shard, help="work on part I (from 0) of N")
+    add(
+        "--distributed",
+        action="store_true",
+        help="share the work among the hosts of a TPU pod or cluster (jax.distributed)",
+    )
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of --distributed where it is not found by itself",
+    )
+    add("--num-processes", metavar="N", type=parse_count)
+    add("--process-id", metavar="I", type=parse_count)
+    add("--merge", action="store_true", help="make results.json of the parts of --shard, and stop")
