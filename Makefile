@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 # Quick tests compile more than they compute: two at a time. Slow ones need the memory.
 JOBS ?= 2
 
+# The one quick test of the released size: alone, and compiled with all optimisations.
+FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 
@@ -21,7 +24,9 @@ help:  ## show this list
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
 
 test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	SAM3_JAX_TEST_QUICK_COMPILE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+		--deselect $(FULL_SIZE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(FULL_SIZE)
 
 test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -23,7 +23,7 @@ from sam3_jax.inference.rle import decode_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = 60
-BROKEN = 6  # every so many pictures one that cannot be read
+BROKEN = 7  # every so many pictures one that cannot be read
 
 
 @pytest.fixture

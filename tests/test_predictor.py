@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import tiny_predictor
 from sam3_jax import ImagePredictor, Prompt, checkpoint
 from sam3_jax.data.images import ImageError, to_model_input
 from sam3_jax.inference import compile_cache, prompts
+from sam3_jax.inference.engine import UntrainedWarning
+from sam3_jax.inference.options import Options
 from sam3_jax.inference.programs import RawOutput, compute_dtype
 from sam3_jax.inference.prompts import PromptError
 from sam3_jax.models.detector import Sam3, empty_click, empty_geometry
@@ -232,6 +235,128 @@ def test_a_bad_image_leaves_the_one_before(predictor, image, tmp_path):
             predictor.set_image(source)
     assert predictor.image_size == image.shape[:2]
     assert_same(predictor.predict_raw("cup"), before, 0.0)
+
+
+# ------------------------------------------------------------ batches, other images, thinning out
+
+
+def test_a_batch_of_mixed_sizes_equals_images_alone(predictor, image):
+    """Five images in batches of two, each with prompts of its own number."""
+    images = [image, image[:90], image[:, 50:], image[::-1].copy(), image[20:, :120]]
+    boxes = [[9, 9, 50, 60], [20, 30, 70, 80]]
+    asked = [[Prompt("cup")], [Prompt("a"), Prompt("b", boxes)], [Prompt("cup", boxes)], [], []]
+    together = predictor.predict_batch(images, asked, 0.0, batch_size=2)
+    assert [len(found) for found in together] == [1, 2, 1, 0, 0]
+    assert predictor.image_size == image.shape[:2]
+    for picture, own, found in zip(images, asked, together, strict=True):
+        predictor.set_image(picture)
+        for a, b in zip(found, predictor.predict_many(own, 0.0), strict=True):
+            assert_same(a, b)
+    same = predictor.predict_batch(images[:1], [Prompt("cup")], 0.0, batch_size=2)
+    assert_same(same[0][0], together[0][0])
+    with pytest.raises(PromptError, match="1 lists of prompts for 2 images"):
+        predictor.predict_batch(images[:2], [[Prompt("cup")]])
+
+
+def test_options(predictor):
+    def find(**chosen):
+        return predictor.predict("cup", threshold=0.0, options=Options(**chosen))
+
+    everything = find()
+    assert len(find(max_instances=2).scores) == 2
+    assert_same(find(max_instances=2), type(everything)(*(f[:2] for f in everything)))
+    raw = predictor.predict_raw("cup")
+    np.testing.assert_allclose(
+        find(presence=False).scores, np.sort(1 / (1 + np.exp(-raw.pred_logits)))[::-1], rtol=1e-5
+    )
+    thin = find(nms="iom", nms_threshold=0.3)
+    assert 0 < len(thin.scores) < len(everything.scores)
+    tight = find(boxes="masks")
+    for mask, box in zip(tight.masks, tight.boxes, strict=True):
+        if mask.any():
+            rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            np.testing.assert_array_equal(box, [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1])
+    for wrong in ({"nms": "box"}, {"boxes": "x"}, {"max_instances": -1}, {"nms_threshold": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            find(**wrong)
+
+
+def test_exemplars_of_another_image(predictor, image):
+    """Their tokens are what the model makes of the boxes there, without the class token."""
+    shown = predictor.encode_exemplars(TWO, [1, 0], "cup")
+    text = predictor.encode_text("cup")
+    assert shown.tokens.shape[1] == text.tokens.shape[1] + 4  # two boxes in a bucket of four
+    assert int(shown.mask.sum()) == int(text.mask.sum()) + 2
+    predictor.set_image(image[::-1].copy())
+    with_them = predictor.predict_raw(shown)
+    assert differ(with_them, predictor.predict_raw("cup"))
+    mixed = predictor.predict_raw(["cup", shown])  # prompts of different lengths
+    assert_same(mixed[1], with_them)
+    assert_same(mixed[0], predictor.predict_raw("cup"))
+
+
+def test_mask_exemplars_work_and_warn(predictor):
+    plain = predictor.predict_raw("cup")
+    other = ImagePredictor.from_engine(copy.copy(predictor.engine))
+    other._encoded = predictor._encoded
+    mask = np.zeros((1, 140, 200), bool)
+    mask[0, 20:90, 30:120] = True
+    with pytest.warns(UntrainedWarning, match="untrained"):
+        (found,) = other.predict_many([Prompt("cup", masks=mask)], 0.0)
+    assert not np.allclose(found.scores, predictor.predict("cup", threshold=0.0).scores, atol=1e-4)
+    assert_same(predictor.predict_raw("cup"), plain, 0.0)  # whose engine has not changed
+    for wrong in (mask[0], mask.astype(float)):
+        with pytest.raises(PromptError, match=r"\(n, h, w\) of bool"):
+            other.predict_many([Prompt("cup", masks=wrong)], 0.0)
+
+
+def test_other_resolutions(image):
+    """The weights stay; boxes come from the masks away from the trained size."""
+    params, config = tiny_predictor.params(), tiny_predictor.config()
+    small = ImagePredictor(params, config, dtype="float32", resolution=56)
+    assert small.config.image_size == 56
+    assert config.image_size == 112
+    assert small.engine.boxes_from_masks(Options())
+    assert not small.engine.boxes_from_masks(Options(boxes="model"))
+    small.set_image(image)
+    assert small._encoded.trunk.shape[1:3] == (4, 4)
+    for wrong in (50, 28, 0):
+        with pytest.raises(ValueError, match="multiple of 14"):
+            ImagePredictor(params, config, resolution=wrong)
+
+
+def test_a_batch_spreads_over_a_mesh_and_stays_there(predictor, image):
+    """Four devices: the same results, and rounds whose outputs stay split."""
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = make_mesh(devices=jax.devices()[:4])
+    params, config = tiny_predictor.params(), tiny_predictor.config()
+    spread = ImagePredictor(params, config, dtype="float32", mesh=mesh)
+    images = [image, image[::-1].copy(), image[:, ::-1].copy()]
+    found = spread.predict_batch(images, [Prompt("cup")], 0.0, batch_size=4)
+    expected = predictor.predict_batch(images, [Prompt("cup")], 0.0, batch_size=2)
+    for (a,), (b,) in zip(found, expected, strict=True):
+        assert_same(a, b, 2e-5)
+    side = config.image_size
+    inputs = np.stack([to_model_input(i, (side, side)) for i in images])
+    (out,) = spread.engine.submit(inputs, [[Prompt("a")]] * 3, [(140, 200)] * 3, 4)
+    assert not out.pred_masks.is_fully_replicated
+    assert out.pred_masks.sharding.shard_shape(out.pred_masks.shape)[0] == 1
+
+
+def test_points_as_prompts_of_their_own(predictor):
+    logits, iou = predictor.predict_point_batch(POINTS)
+    assert logits.shape == (2, 3, 32, 32)
+    for i, point in enumerate(POINTS):
+        alone = predictor.predict_points([point])
+        np.testing.assert_allclose(iou[i], alone.iou, atol=1e-5)
+        spread = float(np.ptp(logits[i]))
+        clipped = np.clip(logits[i], -32, 32)
+        np.testing.assert_allclose(clipped, alone.low_res_logits, atol=1e-5 * spread)
+    single, _ = predictor.predict_point_batch(POINTS, multimask=False)
+    assert single.shape[1] == 1
+    with pytest.raises(PromptError, match="must lie on the image"):
+        predictor.predict_point_batch([(999, 3)])
 
 
 # --------------------------------------------------------------------------------------- clicks

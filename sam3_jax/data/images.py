@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import struct
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +23,13 @@ __all__ = ["ImageError", "ImageSource", "load_image", "normalize", "resize_image
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
-# What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+# Converted at a time: Pillow hands pixels out in a copy, and needs another one for each change of
+# mode. Beside Pillow's own 4 bytes a pixel there are then 3 and not 6: 1.1 GB at 20,000 x 8,000.
+_STRIP_PIXELS = 1 << 22
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. The message names the file and what to do."""
+    """An image that cannot be used. The message, one line, names the file and what to do."""
 
 
 def load_image(source: ImageSource) -> UInt8[np.ndarray, "h w 3"]:
@@ -43,8 +44,9 @@ def load_image(source: ImageSource) -> UInt8[np.ndarray, "h w 3"]:
       source: path, PIL image, or (h, w, 3) uint8 array.
 
     Raises:
-      ImageError: missing, empty, truncated or not an image; more pixels than Pillow allows (179
-        million); pixels without a defined 8-bit range; an array of another shape or dtype.
+      ImageError: missing, unreadable, no ordinary file (a pipe, a device), empty, truncated or not
+        an image; more pixels than Pillow allows (179 million) or memory holds; pixels without a
+        defined 8-bit range; PostScript; an array of another shape or dtype.
     """
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
@@ -62,15 +64,18 @@ def load_image(source: ImageSource) -> UInt8[np.ndarray, "h w 3"]:
             "an image must be a path, a PIL image or a (height, width, 3) uint8 array, "
             f"got {type(source).__name__}"
         )
-    path = Path(source)
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    if path.is_dir():
-        raise ImageError(f"{path}: is a directory; name the image files in it")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty")
-    with _named_errors(str(path)), Image.open(path) as image:
-        return _to_rgb8(_upright(image), str(path))
+    path = Path(os.fsdecode(source))
+    name = _printable(path)
+    _check_file(path, name)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    # The file, not its name: of a name Pillow maps the file, which another program may cut.
+    with file, _named_errors(name), Image.open(file) as image:
+        if image.format == "EPS":  # Pillow would have Ghostscript run it
+            raise ImageError(f"{name}: PostScript is a program, not pixels; convert it to PNG")
+        return _to_rgb8(_upright(image), name)
 
 
 def normalize(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
@@ -92,6 +97,28 @@ def _normalized_values() -> Float32[np.ndarray, " 256"]:
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
+def _printable(path: Path) -> str:
+    """The path on one line, in characters that any terminal and any file can take."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+    return "".join(escaped)
+
+
+def _check_file(path: Path, name: str) -> None:
+    """Raises an ImageError for what cannot be opened, or would wait for ever when opened."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a null byte
+        raise ImageError(f"{name}: no such file") from error
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name}: is a directory; name the image files in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name}: is a pipe, a device or a socket; save the image to a file first")
+    if status.st_size == 0:
+        raise ImageError(f"{name}: the file is empty")
+
+
 @contextlib.contextmanager
 def _named_errors(name: str) -> Iterator[None]:
     """Turn what Pillow raises into an ImageError that names the file."""
@@ -105,16 +132,19 @@ def _named_errors(name: str) -> Iterator[None]:
         raise ImageError(
             f"{name}: {error}; set PIL.Image.MAX_IMAGE_PIXELS higher if you trust the file"
         ) from error
-    except _DAMAGE as error:
+    except MemoryError as error:
+        raise ImageError(f"{name}: too large for this machine's memory; shrink it") from error
+    except Exception as error:  # of damaged files the decoders raise many kinds, none documented
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ImageError(
-            f"{name}: cannot be decoded, it may be truncated or damaged ({error})"
+            f"{name}: cannot be decoded, it may be truncated or damaged ({reason})"
         ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # now, so that damaged pixels are not taken for damaged EXIF data
     # EXIF data that cannot be read says nothing about the orientation.
-    with contextlib.suppress(*_DAMAGE):
+    with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -124,15 +154,33 @@ def _to_rgb8(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
         raise ImageError(f"{name}: has no pixels ({image.width} x {image.height})")
     if image.mode == "F":
         raise ImageError(f"{name}: float pixels have no defined range; convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # convert("RGB") would clip at 255. Some formats deliver 16 bits in the 32-bit mode "I".
-        values = np.asarray(image).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
+    if image.mode == "I":  # some formats deliver 16 bits in this mode of 32
+        extremes = [f(np.asarray(strip)) for _, strip in _strips(image) for f in (np.min, np.max)]
+        if min(extremes) < 0 or max(extremes) > 65535:
             raise ImageError(
-                f"{name}: 32-bit values from {values.min()} to {values.max()} have no defined "
+                f"{name}: 32-bit values from {min(extremes)} to {max(extremes)} have no defined "
                 "brightness; convert it to 8 or 16 bits"
             )
-        grey = ((values + 128) // 257).astype(np.uint8)
+    if image.width * image.height <= _STRIP_PIXELS:
+        return _strip_to_rgb8(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, strip in _strips(image):
+        pixels[rows] = _strip_to_rgb8(strip)
+    return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Parts of full width from top to bottom, and the rows they hold."""
+    height = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        bottom = min(top + height, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
+
+
+def _strip_to_rgb8(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # convert("RGB") would clip at 255.
+        grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # same colours; straight to RGB Pillow warns

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from sam3_jax.inference.nms import nms
 from sam3_jax.inference.options import DEFAULTS, Options
 from sam3_jax.inference.programs import RawOutput, compile_programs, compute_dtype, take_masks
 from sam3_jax.inference.prompts import Prompt, Size, bucket, pad_geometry, phrase_of
-from sam3_jax.models.detector import Sam3
+from sam3_jax.models.detector import Sam3, untrained_mask_params
 from sam3_jax.sharding import batch_sharding, on_one_device, param_shardings
 from sam3_jax.tokenizer import default_tokenizer
 from sam3_jax.types import Levels, TextFeatures
@@ -48,6 +49,10 @@ class Kept(NamedTuple):
     boxes: Float[np.ndarray, "n 4"]  # (cx, cy, w, h) fractions of the image
     logits: Float[np.ndarray, "n h w"]  # of the masks, at a quarter of the patch size
     semantic: Float[np.ndarray, "h w"] | None = None  # logits of the concept, where asked for
+
+
+class UntrainedWarning(UserWarning):
+    """Something works, but no released weights were trained for it."""
 
 
 class Engine:
@@ -216,9 +221,29 @@ class Engine:
         self, levels: Levels, prompts: Sequence[Prompt], sizes: Sequence[Size], *, shared: bool
     ) -> RawOutput:
         texts = _same_length([self._text(prompt) for prompt in prompts])
-        geometry = pad_geometry(prompts, sizes)
+        geometry = pad_geometry(prompts, sizes, self.mask_side)
+        if geometry.masks.shape[1]:
+            self._allow_mask_exemplars()
         ground = self.run.ground_one if shared else self.run.ground_each
         return ground(self.params, levels, texts, geometry)
+
+    def _allow_mask_exemplars(self) -> None:
+        """Adds what reads masks, with fresh parameters unless the checkpoint has some."""
+        if self.config.geometry.mask_prompts:
+            return
+        geometry = dataclasses.replace(self.config.geometry, mask_prompts=True)
+        config = dataclasses.replace(self.config, geometry=geometry)
+        if "mask_encoder" not in self.params["geometry"]:
+            warnings.warn(
+                "exemplar masks are read with untrained weights: the released model has none for "
+                "them, so expect nothing of the results before you have trained some",
+                UntrainedWarning,
+                stacklevel=2,
+            )
+            fresh = untrained_mask_params(config, jax.random.key(0))
+            self.params = {**self.params, "geometry": {**self.params["geometry"], **fresh}}
+        self.config = config
+        self.run = compile_programs(Sam3(config, self.dtype), self.mesh)
 
     def _text(self, prompt: Prompt) -> TextFeatures:
         phrase = phrase_of(prompt)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from PIL import Image
 
 from sam3_jax.types import ClickPrompt, Geometry, TextFeatures
 
@@ -20,6 +21,8 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 VISUAL = "visual"  # the phrase that stands for "no text"
 BOX_BUCKETS = (0, 1, 4, 16, 64)
+MASK_BUCKETS = (0, 1, 4)
+BOX_FILTER = Image.Resampling.BOX
 POINT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT_BUCKETS = (1, 4, 16, 64)  # of points that are prompts of their own
 BOX_CORNERS = (2, 3)  # labels of a box's corners among points
@@ -35,12 +38,16 @@ class Prompt(NamedTuple):
 
     ``text`` may also be the features of one phrase, as ``ImagePredictor.encode_text`` gives them.
     ``boxes`` are (x0, y0, x1, y1) in pixels of the original image, ``box_labels`` 1 for "like
-    this" (the default for all) and 0 for "not like this".
+    this" (the default for all) and 0 for "not like this". ``masks`` are exemplars too, (n, h, w)
+    true on what they show, the whole image at any resolution, with ``mask_labels``; nobody has
+    trained the weights that read them, and they come with a warning.
     """
 
     text: str | TextFeatures | None = None
     boxes: Values = ()
     box_labels: Values | None = None
+    masks: Values = ()
+    mask_labels: Values | None = None
 
 
 def bucket(n: int, sizes: Sequence[int]) -> int:
@@ -57,7 +64,7 @@ def phrase_of(prompt: Prompt) -> str | TextFeatures:
     if isinstance(prompt.text, TextFeatures):
         return prompt.text
     if prompt.text is None:
-        if np.size(prompt.boxes) == 0:
+        if np.size(prompt.boxes) == 0 and np.size(prompt.masks) == 0:
             raise PromptError("the prompt is empty: give text, boxes, or both")
         return VISUAL
     if not isinstance(prompt.text, str) or not prompt.text.strip():
@@ -105,16 +112,19 @@ def _boxes(values: Values, size: Size, name: str) -> Float[np.ndarray, "n 4"]:
     return boxes
 
 
-def pad_geometry(prompts: Sequence[Prompt], sizes: Sequence[Size]) -> Geometry:
-    """Boxes of several prompts, padded together.
+def pad_geometry(prompts: Sequence[Prompt], sizes: Sequence[Size], mask_side: int = 1) -> Geometry:
+    """Boxes and masks of several prompts, padded together.
 
     Args:
       prompts: of one or of several images.
       sizes: (height, width) in pixels of the original image of each prompt.
+      mask_side: what exemplar masks are resized to.
 
     Raises:
-      PromptError: on boxes or labels that cannot be used.
+      PromptError: on boxes, masks or labels that cannot be used.
     """
+    masks = [_masks(p.masks, mask_side) for p in prompts]
+    m = bucket(max(map(len, masks)), MASK_BUCKETS)
     boxes = [_boxes(p.boxes, size, "boxes") for p, size in zip(prompts, sizes, strict=True)]
     length, n = len(prompts), bucket(max(map(len, boxes)), BOX_BUCKETS)
     padded = Geometry(
@@ -124,9 +134,9 @@ def pad_geometry(prompts: Sequence[Prompt], sizes: Sequence[Size]) -> Geometry:
         boxes=np.zeros((length, n, 4), np.float32),
         box_labels=np.zeros((length, n), np.int32),
         box_mask=np.zeros((length, n), bool),
-        masks=np.zeros((length, 0, 1, 1), np.float32),
-        mask_labels=np.zeros((length, 0), np.int32),
-        mask_mask=np.zeros((length, 0), bool),
+        masks=np.zeros((length, m, mask_side, mask_side), np.float32),
+        mask_labels=np.zeros((length, m), np.int32),
+        mask_mask=np.zeros((length, m), bool),
     )
     for i, (prompt, pixels) in enumerate(zip(prompts, boxes, strict=True)):
         scale = np.asarray(sizes[i][::-1], np.float32)
@@ -134,7 +144,24 @@ def pad_geometry(prompts: Sequence[Prompt], sizes: Sequence[Size]) -> Geometry:
         padded.boxes[i, : len(pixels)] = np.concatenate([(low + high) / 2, high - low], axis=1)
         padded.box_labels[i, : len(pixels)] = _labels(prompt.box_labels, len(pixels), "box_labels")
         padded.box_mask[i, : len(pixels)] = True
+        shown = len(masks[i])
+        padded.masks[i, :shown] = masks[i]
+        padded.mask_labels[i, :shown] = _labels(prompt.mask_labels, shown, "mask_labels")
+        padded.mask_mask[i, :shown] = True
     return padded
+
+
+def _masks(values: Values, side: int) -> Float[np.ndarray, "n s s"]:
+    """Masks as the share of every cell that they cover."""
+    array = np.asarray(values)
+    if array.size == 0:
+        return np.zeros((0, side, side), np.float32)
+    if array.ndim != 3 or array.dtype != bool:
+        raise PromptError(
+            f"masks must be (n, h, w) of bool, got shape {array.shape} of {array.dtype}"
+        )
+    small = (Image.fromarray(m).convert("L").resize((side, side), BOX_FILTER) for m in array)
+    return np.stack([np.asarray(picture, np.float32) / 255 for picture in small])
 
 
 def click_prompt(

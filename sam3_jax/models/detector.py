@@ -211,6 +211,17 @@ def init_params(config: ModelConfig, key: Array) -> dict:
     return Sam3(config).init(key, pixels, ids, method="touch")["params"]
 
 
+def untrained_mask_params(config: ModelConfig, key: Array) -> dict:
+    """Fresh values of the parameters that read mask exemplars, which no release has.
+
+    ``config.geometry.mask_prompts`` is set. They belong under ``geometry``.
+    """
+    encoder = GeometryEncoder(config.geometry, config.dim)
+    features = jnp.zeros((1, 4, 4, config.dim))
+    params = encoder.init(key, empty_geometry(1, masks=1), features)["params"]
+    return {name: value for name, value in params.items() if name.startswith("mask_")}
+
+
 def init_shapes(config: ModelConfig) -> dict:
     """Names, shapes and dtypes of all parameters, without making them."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

@@ -110,13 +110,13 @@ class GeometryEncoder(nn.Module):
     ) -> tuple[Float[Array, "p n2 d"], Bool[Array, "p n2"]]:
         """Appends the mask prompts' cells; a prompt of masks alone drops its class token."""
         count = geometry.masks.shape[1]
-        if not self.config.mask_prompts:
-            if count:
-                raise ValueError(
-                    "mask prompts need geometry.mask_prompts=True in the model's configuration "
-                    "(the released checkpoint has no weights for them)"
-                )
+        if not count:
             return tokens, mask
+        if not self.config.mask_prompts:
+            raise ValueError(
+                "mask prompts need geometry.mask_prompts=True in the model's configuration "
+                "(the released checkpoint has no weights for them)"
+            )
         labels = Embedding(2, self.dim, name="mask_label_embed")()
         masks = rearrange(geometry.masks, "p m h w -> (p m) h w 1")
         cells = FusedMaskEncoder(self.dim, self.dim, dtype=self.dtype, name="mask_encoder")(

@@ -16,7 +16,8 @@ CPU       always, in float32 inside                   ``chunked``: tiles that fi
 
 Up to ``FLASH_SCORES`` scores a head (text, prompts, queries among themselves) TPU and CUDA use
 ``chunked`` as well, which then is one plain softmax. The choice falls when a program is lowered, so
-ahead-of-time compilation for another platform gets that platform's kernel.
+ahead-of-time compilation for another platform gets that platform's kernel. Programs traced under
+:func:`portable` take "chunked" everywhere.
 
 Under ``jax.set_mesh`` the kernels run inside ``shard_map``, batch over ``BATCH_AXES`` and heads
 over ``HEAD_AXIS``: a Pallas call cannot be partitioned automatically. Axes that do not divide the
@@ -25,7 +26,10 @@ batch or the heads are left whole.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +48,21 @@ HEAD_AXIS = "tensor"
 # Scores of one head from which a flash kernel pays: 512 x 512. Below are 5184 image tokens on up to
 # 50 prompt tokens and 401 decoder queries among themselves; windows of 576 x 576 are above.
 FLASH_SCORES = 1 << 18
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Programs traced inside take "chunked" for "auto": plain XLA, the same on every platform.
+
+    What was traced (and cached by ``jax.jit``) before stays as it is.
+    """
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
 
 
 def attention(
@@ -78,6 +97,8 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS}")
+    if implementation == "auto" and _PORTABLE.get():
+        implementation = "chunked"
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
     if dropout_rate and dropout_rng is None:

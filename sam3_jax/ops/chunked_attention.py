@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+Dim = int | Any  # a size: an integer, or a symbolic one where jax.export traces
 LOWEST = -1e30  # first running maximum: finite, so that a row of -inf alone gives exp(-inf) = 0
 
 
@@ -58,9 +59,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    """Largest divisor of n that is at most limit, at least 1."""
-    return next(i for i in range(min(n, max(limit, 1)), 0, -1) if n % i == 0)
+def largest_divisor(n: Dim, limit: int) -> int:
+    """Largest divisor of n that is at most limit, at least 1.
+
+    Of a symbolic n: of all its values, and at most 64, as each trial is a proof.
+    """
+    most = min(n, max(limit, 1)) if isinstance(n, int) else min(max(limit, 1), 64)
+    return next(i for i in range(most, 0, -1) if n % i == 0)
 
 
 def pad_to(x: Array | None, axis: int, size: int) -> Array | None:
@@ -72,7 +77,7 @@ def pad_to(x: Array | None, axis: int, size: int) -> Array | None:
     return jnp.pad(x, widths)
 
 
-def _cut(x: Operands, axes: Operands, count: int, squeeze: bool) -> Operands:
+def _cut(x: Operands, axes: Operands, count: Dim, squeeze: bool) -> Operands:
     """``count`` equal parts of every operand that has an axis, on a new leading axis.
 
     ``squeeze``: parts of one entry lose the axis.
@@ -98,7 +103,7 @@ def _merge(parts: Operands, x: Operands) -> Operands:
 
 def _each(
     f: Callable[[Operands], Array],
-    count: int,
+    count: Dim,
     x: Operands,
     axes: Operands,
     *,
@@ -130,6 +135,8 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     rows, cols = ceil_div(n, row_tiles), ceil_div(m, col_tiles)
     heads = largest_divisor(h, tiles.scores // (rows * cols))
     batch = largest_divisor(b, tiles.scores // (rows * cols * h)) if heads == h else 1
+    if not isinstance(b, int) and 64 * rows * cols * h <= tiles.scores:
+        batch = b  # no number divides it: small entries all at once, large ones one by one
     body = functools.partial(
         _rows_block, causal=causal, rate=rate, col_tiles=col_tiles, barrier=tiles.barrier
     )

@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, state, step. Pure functions: no disk, clock or network."""
