@@ -10,16 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sam3_jax.inference.automask import AutomaticMaskGenerator
     from sam3_jax.inference.image import ImagePredictor
+    from sam3_jax.inference.options import Options
     from sam3_jax.inference.postprocess import Detections
     from sam3_jax.inference.prompts import Prompt
 
 __version__ = "0.1.0"
-__all__ = ["Detections", "ImagePredictor", "Prompt", "__version__"]
+__all__ = [
+    "AutomaticMaskGenerator",
+    "Detections",
+    "ImagePredictor",
+    "Options",
+    "Prompt",
+    "__version__",
+]
 
 _HOMES = {
+    "AutomaticMaskGenerator": "sam3_jax.inference.automask",
     "Detections": "sam3_jax.inference.postprocess",
     "ImagePredictor": "sam3_jax.inference.image",
+    "Options": "sam3_jax.inference.options",
     "Prompt": "sam3_jax.inference.prompts",
 }
 

@@ -26,6 +26,7 @@ LAYERS = {
     "ops": 1,
     "models": 2,
     "sharding": 3,
+    "functional": 3,
     "training": 4,
     "tokenizer": 5,
     "data": 5,

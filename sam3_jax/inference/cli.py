@@ -76,7 +76,14 @@ def _merge(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from sam3_jax.inference.export import export_checkpoint
 
-    print(export_checkpoint(_checkpoint(args), args.export, dtype=args.dtype))
+    made = export_checkpoint(
+        _checkpoint(args),
+        args.export,
+        dtype=args.dtype,
+        batch=args.batch_size,
+        overwrite=args.overwrite,
+    )
+    print(made)
     return 0
 
 
