@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.inference import image, postprocess
+from sam3_jax.inference import engine, image, postprocess
 from sam3_jax.inference.image import ClickResult, ImagePredictor
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt
@@ -66,7 +66,7 @@ class HfPredictor(ImagePredictor):
     """Float32 predictor with all of the departures; see the module."""
 
     def __init__(self, params: dict, config: ModelConfig):
-        with mock.patch.object(image, "Sam3", HfSam3):
+        with mock.patch.object(engine, "Sam3", HfSam3):
             super().__init__(*hf_settings(params, config), dtype="float32")
 
     def _ground(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, RawOutput]]:

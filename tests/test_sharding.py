@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +80,27 @@ def test_a_mesh_that_does_not_fit():
         sharding.make_mesh(3, 2)
     with pytest.raises(ValueError, match="tensor=16"):
         sharding.make_mesh(tensor=16)
+
+
+def test_fsdp_splits_what_is_big():
+    """The largest dimension that the tensor axis leaves; moments as their parameters."""
+    mesh = sharding.make_mesh(2, 2, fsdp=2)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    spec = functools.partial(sharding.param_spec, mesh=mesh)
+    assert spec("trunk/mlp/fc1/kernel", (1024, 4736)) == PartitionSpec("fsdp", "tensor")
+    assert spec("opt_state/1/mu/x/attn/out/kernel", (16, 64, 1024)) == PartitionSpec(
+        "tensor", None, "fsdp"
+    )
+    assert spec("trunk/attn/q/kernel", (1024, 3, 64)) == PartitionSpec("fsdp")  # 3 heads: whole
+    assert spec("neck/kernel", (3, 3, 257, 513)) == PartitionSpec()
+    assert spec("mlp/fc1/bias", (4736,)) == PartitionSpec("tensor")
+    assert spec("norm/scale", (1024,)) == PartitionSpec()  # small
+    with pytest.raises(ValueError, match="data=1 x fsdp=4 x tensor=4 needs 16 devices"):
+        sharding.make_mesh(1, 4, fsdp=4)
+    with (
+        pytest.raises(ValueError, match="a batch of 6 cannot be split over 4 devices"),
+        jax.set_mesh(mesh),
+    ):
+        jax.eval_shape(sharding.constrain_batch, jnp.zeros((6, 2)))

@@ -1,0 +1,207 @@
+"""One training step of the detector (upstream ``sam3/train/trainer.py``): a pure function.
+
+Parameters, moments and averages are float32; the model computes in ``StepConfig.dtype``.
+
+Gradients are accumulated by a scan over micro-batches inside the step, not by ``optax.MultiSteps``:
+there is one update, one decision to skip and one state a step, nothing that waits between calls has
+to be saved, and the scan's carry is the only extra copy of the gradients. As upstream, every
+micro-batch normalises its own losses, and their gradients are averaged: that equals one large batch
+where the micro-batches have as many targets each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sam3_jax.config import ModelConfig
+from sam3_jax.models.detector import Sam3
+from sam3_jax.sharding import constrain_batch, constrain_params
+from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
+from sam3_jax.training.criterion import detection_loss
+from sam3_jax.training.optimizer import TRACKER, Optimizer, path_of
+from sam3_jax.training.state import TrainState, assemble, trainable
+from sam3_jax.training.targets import LossConfig
+from sam3_jax.types import GroundOutput
+
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+
+
+@dataclass
+class StepConfig:
+    """How a step computes.
+
+    ``images_per_replica``: images that one process of the recipe would hold (released: 1). The loss
+    is normalised by it (``replicas`` of ``detection_loss``), so that it depends on no mesh.
+    """
+
+    dtype: str = "bfloat16"
+    matcher: str = "host"  # or "device"
+    accumulate: int = 1  # micro-batches
+    images_per_replica: int = 1
+    seed: int = 0  # of dropout, of points and pairs of the mask losses
+
+
+def unused_parameters(loss: LossConfig) -> tuple[str, ...]:
+    """Paths (patterns) that the loss does not reach, to be frozen; see ``optimizer.TRACKER``."""
+    if not (loss.masks or loss.semantic):
+        return (*TRACKER, r"^segmentation/")
+    if not loss.masks:
+        return (*TRACKER, r"^segmentation/(instance|mask_head)/")
+    return TRACKER if loss.semantic else (*TRACKER, r"^segmentation/semantic/")
+
+
+def make_train_step(
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: Optimizer,
+    config: StepConfig,
+    *,
+    alpha: float = 0.0,
+) -> Step:
+    """The jitted step: (state, batch) -> (state, metrics). It takes the state's memory over.
+
+    Call it, or lower it, under ``jax.set_mesh(mesh)`` where there is one: the state is held to the
+    rule of ``sam3_jax/sharding.py``, the batch split over the batch axes.
+
+    A step whose loss or gradient is not finite changes nothing but the counters. ``metrics`` are
+    the loss, its terms, ``grad_norm`` (before clipping), ``rate`` (the schedule's factor),
+    ``skipped`` and ``skipped_in_a_row``.
+
+    Args:
+      alpha: of LoRA, where the state has it.
+
+    Raises:
+      ValueError: at the first call, where parameters would train that the loss does not reach, or
+        where the batch does not fit.
+    """
+
+    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        batch = constrain_batch(batch)
+        train, frozen = trainable(state, optimizer)
+        _check_reached(train, loss)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+            params = assemble(train, frozen, lora=state.lora is not None, alpha=alpha)
+            dropout, draw = jax.random.split(key)
+            out = forward(params, batch, model, config.dtype, dropout)
+            return detection_loss(
+                out,
+                batch.targets,
+                loss,
+                matcher=config.matcher,
+                replicas=max(1, len(batch.images) // config.images_per_replica),
+                key=draw,
+            )
+
+        grads, metrics = _accumulate(losses, train, batch, key, config.accumulate)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "rate": optimizer.schedule(state.step - state.skipped),
+        }
+        state = _update(state, grads, metrics, optimizer)
+        metrics |= {
+            "skipped": state.skipped.astype(jnp.float32),
+            "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
+        }
+        return constrain_params(state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _check_reached(train: dict, loss: LossConfig) -> None:
+    for path, _ in jax.tree_util.tree_flatten_with_path(train)[0]:
+        for pattern in unused_parameters(loss):
+            if re.search(pattern, path_of(path)):
+                raise ValueError(
+                    f"{path_of(path)} would train, but the loss does not reach it, so weight decay "
+                    f"would wear it away: add {pattern!r} to the optimizer's freeze"
+                )
+
+
+def forward(
+    params: dict, batch: TrainBatch, model: ModelConfig, dtype: str, key: PRNGKeyArray
+) -> GroundOutput:
+    """The detector as it trains: with dropout, drop path and one-to-many queries."""
+    prompts = prompts_per_image(batch)
+
+    def run(module: Sam3) -> GroundOutput:
+        pixels = normalize(batch.images)
+        levels = module.encode_image(pixels, tracker=False, deterministic=False).detector
+        # Repeating, unlike indexing, needs nothing from other devices.
+        levels = tuple(jnp.repeat(level, prompts, axis=0) for level in levels)
+        text = module.encode_text(batch.tokens)
+        return module.ground(
+            levels, text, batch.geometry, None, None, dac=True, deterministic=False
+        )
+
+    module = Sam3(model, jnp.dtype(dtype))
+    return module.apply({"params": params}, rngs={"dropout": key}, method=run)
+
+
+def _accumulate(
+    losses: Callable, train: dict, batch: TrainBatch, key: PRNGKeyArray, count: int
+) -> tuple[dict, Metrics]:
+    """Mean gradients and metrics over ``count`` micro-batches."""
+    gradient = jax.value_and_grad(losses, has_aux=True)
+
+    def one(batch: TrainBatch, key: PRNGKeyArray) -> tuple[dict, Metrics]:
+        (total, terms), grads = gradient(train, batch, key)
+        return constrain_params(grads), {"loss": total, **terms}
+
+    if count == 1:
+        return one(batch, key)
+    cut = micro_batches(batch, count)
+    keys = jax.random.split(key, count)
+
+    def add(sums: tuple, part: tuple) -> tuple[tuple, None]:
+        batch, key = part
+        return jax.tree.map(jnp.add, sums, one(constrain_batch(batch), key)), None
+
+    first = jax.tree.map(lambda x: x[0], (cut, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
+    sums, _ = lax.scan(add, zeros, (cut, keys))
+    return jax.tree.map(lambda x: x / count, sums)
+
+
+def _update(state: TrainState, grads: dict, metrics: Metrics, optimizer: Optimizer) -> TrainState:
+    """The state after the optimizer's step, or as it was where something is not finite."""
+    train, frozen = trainable(state, optimizer)
+    updates = state.step - state.skipped
+
+    def apply(old: tuple) -> tuple:
+        train, opt_state, ema = old
+        change, opt_state = optimizer.transform.update(grads, opt_state, train)
+        train = optax.apply_updates(train, change)
+        if ema is not None:
+            # A young average follows quickly, so that the initial values do not linger in it.
+            decay = jnp.minimum(optimizer.ema, (1.0 + updates) / (10.0 + updates))
+            ema = optax.incremental_update(train, ema, 1.0 - decay)
+        return train, opt_state, ema
+
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    old = (train, state.opt_state, state.ema)
+    train, opt_state, ema = lax.cond(finite, apply, lambda old: old, old)
+    if state.lora is None:
+        params, lora = assemble(train, frozen, lora=False, alpha=0.0), None
+    else:
+        params, lora = state.params, train
+    bad = (~finite).astype(jnp.int32)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        lora=lora,
+        opt_state=opt_state,
+        ema=ema,
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
