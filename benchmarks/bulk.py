@@ -5,21 +5,27 @@
 
 The pipeline decodes JPEGs, resizes, runs the model, reads back, resizes masks, encodes them and
 writes overlays and results; the model alone runs the same batches on inputs that are there already.
-Their ratio is the pipeline's efficiency. The pictures are photographs of scikit-image at several
-sizes, weights are random; thresholds are set so that about ten instances a picture are kept.
+Their ratio is the pipeline's efficiency; it says little where model and pipeline share a few cores.
+So the third figure is the pipeline with a model that takes no time (outputs that are there
+already): what it can sustain on this machine. The pictures are photographs of scikit-image at
+several sizes, weights are random; thresholds are set so that about ten instances a picture stay.
 
-The second table is the post-processing of a 4K picture with 200 masks: seconds and the growth of
-the process's peak memory.
+Before that come two tables without any model: the post-processing of a 4K picture with 200 masks,
+seconds and the growth of the process's peak memory; and milliseconds of one core a picture by
+stage, for the same photographs with ten masks of the released model's size each.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import json
 import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +85,12 @@ def model_alone(engine: Any, batch: int, batches: int) -> float:
     from sam3_jax.inference.prompts import Prompt
 
     side = engine.config.image_size
-    inputs = np.random.default_rng(0).uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
+    inputs = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
     prompts, sizes = [[Prompt("cat")]] * batch, [(side, side)] * batch
 
     def run() -> Any:
-        (out,) = engine.submit(inputs, prompts, sizes, batch)
-        return out.pred_logits, out.pred_masks[0]
+        (found,) = engine.submit(inputs, prompts, sizes, batch)
+        return found.queries, found.masks
 
     jax.block_until_ready(run())
     start = time.perf_counter()
@@ -121,29 +127,61 @@ def pipeline(engine: Any, paths: list[Path], output: Path, batch: int, workers: 
 
     run(jobs[:batch], "warm")
     seconds, instances = run(jobs, "timed")
-    return {"images_per_s": len(jobs) / seconds, "instances": instances}
+    found = {"images_per_s": len(jobs) / seconds, "instances": instances}
+
+    # The model's part takes no time any more: any batch has the outputs of the first one.
+    submit = functools.cache(lambda: first_batch(engine, paths, batch))
+    submit()
+    engine.submit = lambda *_: submit()
+    try:
+        seconds, _ = run(jobs, "around")
+    finally:
+        del engine.submit
+    return {**found, "pipeline_images_per_s": len(jobs) / seconds}
 
 
-def peak_bytes() -> int:
-    """Largest resident memory that this process has had."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def first_batch(engine: Any, paths: list[Path], batch: int) -> list:
+    """The model's outputs for the first pictures."""
+    import jax
+
+    from sam3_jax.data.images import load_image, resize_image
+    from sam3_jax.inference.prompts import Prompt
+
+    images = [load_image(path) for path in paths[:batch]]
+    inputs = np.stack([resize_image(image, (engine.config.image_size,) * 2) for image in images])
+    sizes = [image.shape[:2] for image in images]
+    prompts = [[Prompt("cat")]] * len(images)
+    return jax.block_until_ready(engine.submit(inputs, prompts, sizes, batch))
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS, resident now, or VmHWM, its peak."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def discs(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, boxes and mask logits of round objects, as the released model gives them."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:288, :288].astype(np.float32)
+    centre, radius = rng.uniform(20, 268, (count, 2, 1, 1)), rng.uniform(4, 40, (count, 1, 1))
+    logits = (radius - np.hypot(x - centre[:, 0], y - centre[:, 1])).astype(np.float32)
+    boxes = np.full((count, 4), 0.5, np.float32)
+    return np.linspace(0.9, 0.5, count, dtype=np.float32), boxes, logits
 
 
 def postprocessing(folder: Path) -> dict:
-    """200 masks of 288 x 288 on a 4K picture, to annotations and an overlay."""
+    """200 masks of 288 x 288 on a 4K photograph, to annotations and an overlay."""
+    import PIL.Image
+    import skimage.data
+
     from sam3_jax.inference import writers
     from sam3_jax.inference.placed import annotation, place
 
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:288, :288].astype(np.float32)
-    centre, radius = rng.uniform(20, 268, (200, 2, 1, 1)), rng.uniform(4, 40, (200, 1, 1))
-    logits = (radius - np.hypot(x - centre[:, 0], y - centre[:, 1])).astype(np.float32)
-    boxes = np.full((200, 4), 0.5, np.float32)
-    scores = np.linspace(0.9, 0.5, 200, dtype=np.float32)
-    size = (2160, 3840)
-    image = rng.integers(0, 255, (*size, 3), np.uint8)
-    before, start = peak_bytes(), time.perf_counter()
-    made = [annotation("cat", one, size) for one in place(scores, boxes, logits, size)]
+    found, size = discs(200), (2160, 3840)
+    image = np.asarray(PIL.Image.fromarray(skimage.data.coffee()).resize(size[::-1]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before, start = memory("VmRSS"), time.perf_counter()
+    made = [annotation("cat", one, size) for one in place(*found, size)]
     middle = time.perf_counter()
     writers.write_overlay(folder, "x", image, made)
     end = time.perf_counter()
@@ -151,8 +189,42 @@ def postprocessing(folder: Path) -> dict:
         "masks": 200,
         "annotations_s": middle - start,
         "overlay_s": end - middle,
-        "memory_gb": (peak_bytes() - before) / 1e9,
+        "memory_gb": (memory("VmHWM") - before) / 1e9,
     }
+
+
+def stages(paths: list[Path], folder: Path) -> dict:
+    """Milliseconds of one core that each stage takes a picture."""
+    from sam3_jax.data.images import load_image, resize_image
+    from sam3_jax.inference import rle, visualize
+    from sam3_jax.inference.placed import annotation, place
+    from sam3_jax.inference.png import strips_of, write_png
+
+    total: dict[str, float] = collections.defaultdict(float)
+
+    def timed(stage: str, function: Callable, *args: Any) -> Any:
+        start = time.thread_time()
+        result = function(*args)
+        total[stage] += 1e3 * (time.thread_time() - start) / len(paths)
+        return result
+
+    scores, boxes, logits = discs(INSTANCES)
+    for path in paths:
+        image = timed("decode", load_image, path)
+        size = image.shape[:2]
+        timed("resize", resize_image, image, (1008, 1008))
+        placed = timed("masks", lambda size=size: list(place(scores, boxes, logits, size)))
+        made = timed("rle", lambda p=placed, s=size: [annotation("cat", one, s) for one in p])
+        crops = timed("unpack", lambda m=made: [rle.decode_crop(a["segmentation"]) for a in m])
+        extents = [visualize.Rect(x, y, x + c.shape[1], y + c.shape[0]) for c, y, x in crops]
+        areas = np.asarray([a["area"] for a in made])
+        texts = [f"cat {score:.2f}" for score in scores]
+        masks = [crop for crop, _, _ in crops]
+        get = masks.__getitem__
+        drawn = timed("draw", visualize.draw, image, get, extents, areas, scores, texts)
+        timed("png", write_png, folder / "x.png", size, strips_of(drawn))
+        timed("record", json.dumps, made)
+    return {**total, "sum_ms": sum(total.values())}
 
 
 def table(rows: list[dict]) -> str:
@@ -183,9 +255,12 @@ def main() -> None:
     result |= {"cores": os.cpu_count(), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        result["postprocessing_4k"] = postprocessing(folder)  # first: peaks only grow
+        result["postprocessing_4k"] = postprocessing(folder)
         print(table([result["postprocessing_4k"]]), flush=True)
         paths = write_pictures(folder / "pictures", args.pictures)
+        stages(paths[: len(SIDES)], folder)  # what is computed once
+        result["cpu_ms_a_picture"] = stages(paths, folder)
+        print(table([result["cpu_ms_a_picture"]]), flush=True)
         for size in args.size or ["tiny"]:
             engine = make_engine(size, args.dtype)
             default = 8 if size == "tiny" or jax.default_backend() != "cpu" else 1

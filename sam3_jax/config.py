@@ -149,6 +149,13 @@ def sam3() -> ModelConfig:
     return ModelConfig()
 
 
+def rematerialized(model: ModelConfig) -> ModelConfig:
+    """``model`` whose layers are computed again in the backward pass: little memory, some time."""
+    for part in (model.vision, model.text, model.fusion, model.decoder):
+        part.remat = True
+    return model
+
+
 def tiny() -> ModelConfig:
     """Every stage at toy size (112 pixels, an 8x8 grid of 4x4 windows): for tests."""
     return ModelConfig(

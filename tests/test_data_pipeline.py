@@ -12,12 +12,13 @@ import pytest
 
 import data_sets
 from sam3_jax.data import augment, contact_sheet
-from sam3_jax.data.batch import Batch, collate, pad_targets
+from sam3_jax.data.batch import collate, pad_targets
 from sam3_jax.data.builder import Source, prepare
 from sam3_jax.data.examples import draw_example
 from sam3_jax.data.pipeline import DataConfig, make_pipeline
 from sam3_jax.data.source import open_split
 from sam3_jax.tokenizer import default_tokenizer
+from sam3_jax.training.batch import TrainBatch
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +40,14 @@ def config(folder) -> DataConfig:
     return config
 
 
-def take(config: DataConfig, count: int, **options) -> list[Batch]:
+def take(config: DataConfig, count: int, **options) -> list[TrainBatch]:
     iterator = iter(make_pipeline(config, **options))
     batches = [jax.tree.map(np.array, batch) for batch in itertools.islice(iterator, count)]
     iterator.close()
     return batches
 
 
-def same(a: list[Batch], b: list[Batch]) -> bool:
+def same(a: list[TrainBatch], b: list[TrainBatch]) -> bool:
     return len(a) == len(b) and all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 

@@ -29,7 +29,7 @@ def outputs():
     )
 
     @jax.jit
-    def run(params):
+    def run(params, pixels, ids, index, prompt):
         bound = {
             name: functools.partial(getattr(functional, name), config=config)
             for name in ("encode_images", "encode_texts", "ground", "click")
@@ -38,10 +38,10 @@ def outputs():
         text = bound["encode_texts"](params, ids)
         same = bound["ground"](params, features.detector, text)
         crossed = bound["ground"](params, features.detector, text, image_index=index)
-        clicked = bound["click"](params, features.tracker, prompt, np.array([1], np.int32))
+        clicked = bound["click"](params, features.tracker, prompt, index[:1])
         return same, crossed, clicked
 
-    return run(params)
+    return run(params, pixels, ids, index, prompt)
 
 
 def test_prompts_are_about_their_images_unless_told_otherwise(outputs):
@@ -55,7 +55,7 @@ def test_they_agree_with_the_engine(outputs):
     pixels = rng.uniform(-1, 1, (2, 112, 112, 3)).astype(np.float32)
     engine = tiny_predictor.predictor().engine
     for i, phrase in enumerate(["cup", "red car"]):
-        (out,) = engine.submit(pixels[i : i + 1], [[Prompt(phrase)]], [(112, 112)], 1)
+        ((out, *_),) = engine.submit(pixels[i : i + 1], [[Prompt(phrase)]], [(112, 112)], 1)
         assert_close(out.pred_masks[0], outputs[0].pred_masks[i], 2e-5, "masks")
         assert_close(out.pred_logits[0], outputs[0].pred_logits[i], 2e-5, "logits")
 

@@ -34,7 +34,7 @@ LAYERS = {
     "convert": 5,
     "evaluation": 5,
     "inference": 5,
-    "logging": 5,
+    "trainer": 5,
     PACKAGE: 6,  # sam3_jax/__init__.py, the curated namespace
     "scripts": 7,  # the programs in the repository's root, benchmarks, configs
 }

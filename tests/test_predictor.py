@@ -22,8 +22,8 @@ from jaxtyping import Array
 import sam3_jax
 import tiny_predictor
 from sam3_jax import ImagePredictor, Prompt, checkpoint
-from sam3_jax.data.images import ImageError, to_model_input
-from sam3_jax.inference import compile_cache, prompts
+from sam3_jax.data.images import ImageError, normalize, resize_image, to_model_input
+from sam3_jax.inference import compile_cache, programs, prompts
 from sam3_jax.inference.engine import UntrainedWarning
 from sam3_jax.inference.options import Options
 from sam3_jax.inference.programs import RawOutput, compute_dtype
@@ -339,10 +339,35 @@ def test_a_batch_spreads_over_a_mesh_and_stays_there(predictor, image):
     for (a,), (b,) in zip(found, expected, strict=True):
         assert_same(a, b, 2e-5)
     side = config.image_size
-    inputs = np.stack([to_model_input(i, (side, side)) for i in images])
-    (out,) = spread.engine.submit(inputs, [[Prompt("a")]] * 3, [(140, 200)] * 3, 4)
-    assert not out.pred_masks.is_fully_replicated
-    assert out.pred_masks.sharding.shard_shape(out.pred_masks.shape)[0] == 1
+    inputs = np.stack([resize_image(i, (side, side)) for i in images])
+    (found,) = spread.engine.submit(inputs, [[Prompt("a")]] * 3, [(140, 200)] * 3, 4)
+    for masks in (found.out.pred_masks, found.masks):
+        assert not masks.is_fully_replicated
+        assert masks.sharding.shard_shape(masks.shape)[0] == 1
+
+
+def test_bytes_are_normalised_on_the_devices():
+    """Every value; a compiler may round once less than the table does, a step of 6e-8 at 1."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    device = np.asarray(jax.jit(programs.normalize)(values))
+    np.testing.assert_allclose(device, normalize(values), rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("expected", [1, 4, 64])
+def test_masks_come_whether_they_were_expected_or_not(predictor, image, expected):
+    """Fewer instances were asked for ahead of time than there are, and more."""
+    engine, side = predictor.engine, predictor.config.image_size
+    engine._likely = expected
+    pixels = resize_image(image, (side, side))[None]
+    rounds = engine.submit(pixels, [[Prompt("cup")]], [image.shape[:2]], 1)
+    assert rounds[0].masks.shape[1] == min(expected, 12)
+    (scores,) = [instances.scores for instances in engine.keep(rounds[0].out, [0.0])]
+    for threshold in (0.0, float(scores[2]), 1.0):
+        ((found,),) = engine.collect(rounds, [[threshold]])
+        (alone,) = engine.keep(rounds[0].out, [threshold])
+        for a, b in zip(found[:3], alone[:3], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert engine._likely == 1  # what the latest batch had
 
 
 def test_points_as_prompts_of_their_own(predictor):

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from sam3_jax.inference.placed import Placed
 from sam3_jax.inference.postprocess import Detections
-from sam3_jax.inference.rle import encode_mask, rle_of_crop
+from sam3_jax.inference.rle import decode_crop, encode_mask, rle_of_crop
 from sam3_jax.inference.tiles import Window, merge_tiles, tile_grid, to_detections
 
 
@@ -206,6 +206,37 @@ def test_run_lengths_are_those_of_the_full_mask(rng, crop, offset, density):
         expected = coco_mask.encode(np.asfortranarray(full, np.uint8))
         assert rle["size"] == expected["size"]
         assert rle["counts"].encode() == expected["counts"]
+
+
+def test_masks_are_unpacked_around_their_objects(rng):
+    """Of any shape, runs over several columns and pieces that meet at the edges of them too."""
+    for turn in range(300):
+        size = tuple(rng.integers(1, 25, 2))
+        mask = rng.random(size) < rng.random()
+        mask[: rng.integers(0, size[0] + 1) * (turn % 2)] = False
+        mask[:, : rng.integers(0, size[1] + 1) * (turn % 3 == 1)] = False
+        crop, y, x = decode_crop(encode_mask(mask))
+        unpacked = np.zeros(size, bool)
+        unpacked[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        np.testing.assert_array_equal(unpacked, mask)
+        if not mask.any():
+            assert crop.size == 0
+    full = decode_crop(encode_mask(np.ones((7, 5), bool)))
+    assert full[0].all()
+    assert full[0].shape == (7, 5)
+
+
+def test_a_small_object_of_a_huge_picture_is_unpacked_in_little_memory():
+    """300 million pixels, of which the object has 10,000."""
+    segmentation = rle_of_crop(np.ones((100, 100), bool), (14000, 19000), (15000, 20000))
+    tracemalloc.start()
+    crop, y, x = decode_crop(segmentation)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (y, x) == (14000, 19000)
+    assert crop.shape == (100, 100)
+    assert crop.all()
+    assert peak < 1e6
 
 
 @pytest.mark.parametrize("offset", [(-1, 0), (0, -1), (6, 0), (0, 6)])

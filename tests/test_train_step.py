@@ -15,7 +15,8 @@ from sam3_jax import sharding
 from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import empty_geometry
 from sam3_jax.training import optimizer as optimizers
-from sam3_jax.training.batch import TrainBatch, micro_batches
+from sam3_jax.training.batch import Clicks, TrainBatch, micro_batches
+from sam3_jax.training.clicks import ClickConfig, click_loss, correct
 from sam3_jax.training.lora import add_lora, merge
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.state import TrainState, export_params, init_state
@@ -65,7 +66,13 @@ def make_batch(images: int = IMAGES, prompts: int = 1) -> TrainBatch:
     geometry = empty_geometry(rows, boxes=1)._replace(
         boxes=boxes[:, :1], box_labels=np.ones((rows, 1), np.int32), box_mask=yes[:, :1]
     )
-    return jax.tree.map(jnp.asarray, TrainBatch(pixels, tokens, geometry, targets))
+    # The first object of each image, by a point in its middle.
+    first = slice(None, None, prompts)
+    points = np.zeros((images, 1, 2, 2), np.float32)
+    points[:, 0, 0] = boxes[first, 0, :2] * SIDE
+    labels = np.tile(np.int32([1, -2]), (images, 1, 1))
+    clicks = Clicks(points, labels, masks[first, :1], yes[first, :1])
+    return jax.tree.map(jnp.asarray, TrainBatch(pixels, tokens, geometry, targets, clicks))
 
 
 def host(tree):
@@ -259,7 +266,10 @@ def test_lora_alone_trains():
 
 def test_what_a_loss_does_not_reach_must_be_frozen():
     optimizer, batch = make_optimizer(), make_batch(1)
-    assert unused_parameters(LossConfig(masks=False, semantic=False))[-1] == "^segmentation/"
+    assert (
+        unused_parameters(LossConfig(masks=False, semantic=False), ClickConfig())[-1]
+        == "^segmentation/"
+    )
     for loss, path in (
         (LossConfig(masks=False, semantic=False), "segmentation/conv_0/bias"),
         (LossConfig(masks=False), "segmentation/instance/bias"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 import skimage.data
 from PIL import ImageFont
 
-from sam3_jax.inference import visualize
+from sam3_jax.inference import fonts, visualize
 from sam3_jax.inference.postprocess import Detections
 
 
@@ -105,10 +106,38 @@ def test_tiny_pictures_and_long_texts_work():
         drawn = visualize.overlay(np.zeros((*size, 3), np.uint8), found, "a very long phrase " * 5)
         assert drawn.shape == (*size, 3)
     font = ImageFont.load_default(12)
-    short = visualize._shorten("a very long phrase", font, 60)
-    assert short.endswith("...")
-    assert font.getlength(short) <= 60
-    assert visualize._shorten("cup", font, 60) == "cup"
+    short = visualize._shorten("a very long phrase 0.91", font, 80)
+    assert short.startswith("a v")
+    assert short.endswith("... 0.91")
+    assert font.getlength(short) <= 80
+    assert visualize._shorten("cup 0.91", font, 80) == "cup 0.91"
+    assert visualize._shorten("cup 0.91", font, 5) == ""
+
+
+def test_500_words_take_no_time_and_little_room(monkeypatch):
+    """Measuring ever shorter pieces of such a text took 10 s a label."""
+    places = record_tags(monkeypatch)
+    found = discs((300, 400), *[(x, 0.4, 0.1) for x in (0.2, 0.5, 0.8)])
+    start = time.process_time()
+    visualize.overlay(np.zeros((300, 400, 3), np.uint8), found, "word " * 500)
+    assert time.process_time() - start < 2  # 0.02 s
+    assert len(places) == 3
+    assert all(rect.x1 - rect.x0 <= 0.6 * 400 for rect in places)
+
+
+def test_labels_in_other_scripts_show_no_empty_boxes():
+    """What no font has is left out, lines become one, the score always stays."""
+    for text, known in (
+        ("größe 0.91", True),
+        ("two\nlines 0.91", True),
+        ("\U0010fffe 0.91", False),
+    ):
+        font, shown = fonts.font_for(text, 20.0)
+        assert shown == (" ".join(text.split()) if known else "0.91")
+        assert all(fonts._shows(font, c) for c in shown)
+    found = discs((60, 90), (0.5, 0.3, 0.2))
+    for label in ("🐈", "红色的猫", "two\nlines", "\x1b[31mred"):
+        visualize.overlay(np.zeros((60, 90, 3), np.uint8), found, label)
 
 
 def test_empty_masks_have_no_tag(monkeypatch):

@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: .*x\.txt"):
         writers.write_yolo(tmp_path, "x", [], ["a/b: c?"])
     assert old.read_bytes() == before
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="x_masks"):
         writers.write_masks(tmp_path, "x", make_annotations())
     assert [path.name for path in tmp_path.iterdir()] == ["yolo"]
@@ -265,3 +265,23 @@ def test_masks_of_a_crowd_are_unpacked_one_at_a_time(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 30e6  # the picture twice at 6 MB, a mask and what is made of it
+
+
+def test_masks_of_a_huge_picture_need_little_memory(tmp_path):
+    """300 million pixels: unpacked, each mask would take 300 MB."""
+    size = (15000, 20000)
+    mask = np.hypot(*(np.mgrid[:400, :400] - 199.5)) < 190
+    one = placed.Placed(mask, 9000, 16000, np.zeros(4, np.float32), 0.9)
+    found = [placed.annotation("cup", one, size)]
+    tracemalloc.start()
+    (file,) = writers.write_masks(tmp_path, "x", found).iterdir()
+    writers.write_labelme(tmp_path, "x", Path("x.jpg"), size, found)
+    path = writers.write_yolo(tmp_path, "x", found, ["cup"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert file.stat().st_size < 1e6
+    corners = np.asarray(path.read_text().split()[1:], float).reshape(-1, 2) * size[::-1]
+    np.testing.assert_allclose(corners.mean(0), [16200, 9200], atol=5)
+    (shape,) = json.loads((tmp_path / "labelme" / "x.json").read_text())["shapes"]
+    np.testing.assert_allclose(shape["points"], corners, atol=0.02)  # six digits of a fraction

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 
-from sam3_jax.data.examples import Clicks, Example, Prompt
+from sam3_jax.data.examples import Example, Prompt
 from sam3_jax.data.sampling import VISUAL
 from sam3_jax.tokenizer import default_tokenizer
+from sam3_jax.training.batch import Clicks, TrainBatch
 from sam3_jax.training.targets import Targets
 from sam3_jax.types import Geometry
 
 NO_BOX = (0.5, 0.5, 1.0, 1.0)  # of padding: as good as any, and far from a division by zero
-
-
-class Batch(NamedTuple):
-    """B images with K prompts each, image by image: prompt p is about image p // K.
-
-    ``images`` are 8-bit, a quarter of the bytes to move; the model takes (x / 255 - .5) / .5. Every
-    prompt has a row of ``tokens``. ``clicks`` has C objects an image.
-    """
-
-    images: UInt8[np.ndarray, "b s s 3"]
-    tokens: Int[np.ndarray, "p n"]
-    geometry: Geometry
-    targets: Targets
-    clicks: Clicks
 
 
 def collate(
@@ -38,7 +24,7 @@ def collate(
     exemplars: int,
     buckets: Sequence[int],
     context_length: int = 32,
-) -> Batch:
+) -> TrainBatch:
     """Pads and stacks examples.
 
     Args:
@@ -76,7 +62,7 @@ def collate(
         labels[row, :given] = prompt.exemplar_labels
         shown[row, :given] = True
     tokenize = default_tokenizer()
-    return Batch(
+    return TrainBatch(
         np.stack([example.image for example in examples]),
         tokenize([p.phrase if p else VISUAL for p in asked], context_length),
         _boxes_only(boxes, labels, shown),
@@ -85,7 +71,7 @@ def collate(
     )
 
 
-def pad_targets(batch: Batch, slots: int) -> Batch:
+def pad_targets(batch: TrainBatch, slots: int) -> TrainBatch:
     """The batch with more target slots: all processes of a step must agree on their number.
 
     Raises:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sam3_jax.data import augment
 from sam3_jax.data.annotations import MAX_BAD, annotation_file, image_path, load_annotations
 from sam3_jax.data.builder import encode_scene
-from sam3_jax.data.examples import Clicks, Example, ExampleConfig, Prompt, draw_example
+from sam3_jax.data.examples import Example, ExampleConfig, Prompt, draw_example
 from sam3_jax.data.images import ImageError
 from sam3_jax.data.placement import resize_mask
 from sam3_jax.data.records import AnnotationError
@@ -29,6 +29,7 @@ from sam3_jax.data.scenes import Scene, scenes_of, vocabulary_of
 from sam3_jax.data.source import SceneSource
 from sam3_jax.inference.postprocess import Detections
 from sam3_jax.inference.visualize import overlay, palette
+from sam3_jax.training.batch import Clicks
 
 RECIPES = {"released": augment.released, "paper": augment.paper, "plain": augment.plain}
 HEADER = 22  # pixels above each tile

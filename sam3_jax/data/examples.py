@@ -38,6 +38,7 @@ from sam3_jax.data.sampling import (
 )
 from sam3_jax.data.scenes import Scene
 from sam3_jax.data.source import SceneSource
+from sam3_jax.training.batch import Clicks
 
 MIN_SIDE = 0.5  # pixels of the canvas: smaller boxes cannot be learned
 TRIES = 100  # pictures in a row without a usable phrase before reading stops
@@ -66,15 +67,6 @@ class Prompt(NamedTuple):
     semantic: Bool[np.ndarray, "m m"]
     exemplars: Float32[np.ndarray, "e 4"]
     exemplar_labels: Int32[np.ndarray, " e"]
-
-
-class Clicks(NamedTuple):
-    """First prompts of single objects: a point, or a box as two points; see ``ClickPrompt``."""
-
-    points: Float32[np.ndarray, "c 2 2"]  # (x, y), pixels of the canvas
-    labels: Int32[np.ndarray, "c 2"]
-    masks: Bool[np.ndarray, "c m m"]
-    valid: Bool[np.ndarray, " c"]
 
 
 class Example(NamedTuple):

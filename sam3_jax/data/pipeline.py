@@ -60,7 +60,7 @@ class _Draw(grain.transforms.RandomMap):
 def make_pipeline(
     config: DataConfig, *, process_index: int = 0, process_count: int = 1, start: int = 0
 ) -> grain.IterDataset:
-    """Batches (:class:`sam3_jax.data.batch.Batch`) of this process.
+    """Batches (:class:`sam3_jax.training.batch.TrainBatch`) of this process.
 
     Every picture comes once an epoch, in one of the processes. An unfinished last batch is dropped.
     Close iterators that use workers when done with them (``close()``).

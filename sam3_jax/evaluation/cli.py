@@ -15,6 +15,8 @@ from typing import Any
 from sam3_jax.inference.cli import parse_threshold
 from sam3_jax.inference.files import UsageError
 
+MIN_SCORE = 0.05  # COCO AP wants low scores too; below this one they hardly count
+
 USAGE = """
   %(prog)s --gt A.json [B.json C.json] --predictions P.json --output DIR
   %(prog)s --gt A.json [B.json C.json] --checkpoint DIR [--images DIR] --output DIR
@@ -97,11 +99,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--min-score",
-        default=0.05,
+        default=MIN_SCORE,
         metavar="P",
         type=parse_threshold,
-        help="with --checkpoint: keep instances scored above this (default 0.05; 0 keeps all, for "
-        "AP to the last digit)",
+        help="with --checkpoint: keep instances scored above this (default %(default)s; 0 keeps "
+        "all, for AP to the last digit)",
     )
     add(
         "--max-bad",

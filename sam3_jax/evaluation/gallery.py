@@ -42,19 +42,30 @@ def draw_gallery(
     records = {record.key: record for record in dataset.records}
     rows, failures = [], []
     for key in keys:
-        record = records[key]
-        file = image_path(images, record.file_name)
         try:
-            if file is None:
-                raise ImageError(f"{images / record.file_name}: no such file")
-            pixels = load_as_annotated(file, record.size)
+            row = draw_pair(records[key], predictions.found.get(key, []), evaluation, images)
         except ImageError as error:
             failures.append(str(error))
             continue
-        rows.append(_row(record, pixels, predictions.found.get(key, []), evaluation))
+        rows.append(Image.fromarray(row))
     if rows:
         _stack(rows).save(path)
     return failures
+
+
+def draw_pair(
+    record: Record, found: Sequence[Instance], evaluation: Evaluation, images: Path
+) -> UInt8[np.ndarray, "h w 3"]:
+    """One pair: phrase and counts above, annotated on the left and predicted on the right.
+
+    Raises:
+      ImageError: when the picture cannot be read.
+    """
+    file = image_path(images, record.file_name)
+    if file is None:
+        raise ImageError(f"{images / record.file_name}: no such file")
+    pixels = load_as_annotated(file, record.size)
+    return np.asarray(_row(record, pixels, found, evaluation))
 
 
 def _row(

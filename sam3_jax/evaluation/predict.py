@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
@@ -25,7 +26,16 @@ from sam3_jax.inference.rle import encode_mask
 
 SAVE_EVERY = 600.0  # seconds: what a killed process loses at most
 GROUP = 4  # phrases that the predictor grounds together; only their full-size masks are in memory
+# Of one picture: unreadable, or so large (or with so many instances) that memory ran out.
+FAILURES = (ImageError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 Entry = dict[str, Any]
+
+
+class Picture(NamedTuple):
+    """What was found in one picture, as entries of a results file."""
+
+    image: Entry
+    annotations: list[Entry]  # of all phrases; their ids come when they are added
 
 
 def predict_dataset(
@@ -56,47 +66,77 @@ def predict_dataset(
     Raises:
       OSError: when the file cannot be written.
     """
-    asked, data = _plan(dataset)
-    data["info"] = {**info, "threshold": min_score, "dtype": predictor.dtype.name}
-    categories = {category["name"]: category["id"] for category in data["categories"]}
-    failed, saved = 0, time.monotonic()
-    bar = tqdm(asked.items(), unit="picture", dynamic_ncols=True, disable=None)
+    results = new_results(dataset, {**info, "threshold": min_score, "dtype": predictor.dtype.name})
+    saved = time.monotonic()
     try:
-        for number, (file_name, (size, wanted)) in enumerate(bar, start=1):
-            image = {"id": number, "file_name": file_name, "width": size[1], "height": size[0]}
-            try:
-                predictor.set_image(_load(images, file_name, size))
-                found = _find(predictor, list(wanted), min_score)
-            except (ImageError, OSError) as error:
-                failed += 1
-                tqdm.write(f"failed: {file_name}: {error}", file=sys.stderr)
-                data["images"].append({**image, "status": "error", "error": str(error)})
-                continue
-            data["images"].append({**image, "status": "ok"})
-            for phrase, entry in found:
-                ids = {"id": len(data["annotations"]) + 1, "image_id": number}
-                data["annotations"].append({**ids, "category_id": categories[phrase], **entry})
+        for picture in predict_pictures(predictor, dataset, images, min_score=min_score):
+            add_picture(results, picture)
             if time.monotonic() - saved > SAVE_EVERY:
-                _write(data, path)
+                _write(results, path)
                 saved = time.monotonic()
     finally:
-        _write(data, path)
-    return failed
+        _write(results, path)
+    return sum(image["status"] == "error" for image in results["images"])
 
 
-def _plan(dataset: Dataset) -> tuple[dict[str, tuple[tuple[int, int], dict[str, None]]], Entry]:
-    """Size and phrases of each picture, and a results file with nothing found yet."""
-    asked: dict[str, tuple[tuple[int, int], dict[str, None]]] = {}
-    for record in dataset.records:
-        asked.setdefault(record.file_name, (record.size, {}))[1][record.phrase] = None
+def predict_pictures(
+    predictor: ImagePredictor,
+    dataset: Dataset,
+    images: Path,
+    *,
+    min_score: float,
+    first: int = 0,
+    every: int = 1,
+) -> Iterator[Picture]:
+    """The pictures one by one, or those of a share: ``first``, ``first + every`` and so on.
+
+    One that cannot be used, or is too much for the memory, is reported on stderr and comes with its
+    error instead of instances.
+    """
+    categories = {c["name"]: c["id"] for c in new_results(dataset, {})["categories"]}
+    asked = list(enumerate(_asked(dataset).items(), start=1))[first::every]
+    for number, (file_name, (size, wanted)) in tqdm(
+        asked, unit="picture", dynamic_ncols=True, disable=None
+    ):
+        image = {"id": number, "file_name": file_name, "width": size[1], "height": size[0]}
+        try:
+            predictor.set_image(_load(images, file_name, size))
+            found = _find(predictor, list(wanted), min_score)
+        except FAILURES as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            tqdm.write(f"failed: {file_name}: {reason}", file=sys.stderr)
+            yield Picture({**image, "status": "error", "error": reason}, [])
+            continue
+        ids = {"image_id": number}
+        entries = [{**ids, "category_id": categories[phrase], **entry} for phrase, entry in found]
+        yield Picture({**image, "status": "ok"}, entries)
+
+
+def new_results(dataset: Dataset, info: Entry) -> Entry:
+    """A results file for the phrases of ``dataset`` with nothing found yet."""
     phrases = dict.fromkeys(record.phrase for record in dataset.records)
-    return asked, {
+    return {
         "schema_version": SCHEMA_VERSION,
-        "info": {},
+        "info": info,
         "images": [],
         "categories": [{"id": i, "name": phrase} for i, phrase in enumerate(phrases, start=1)],
         "annotations": [],
     }
+
+
+def add_picture(results: Entry, picture: Picture) -> None:
+    """Appends a picture, its instances numbered on."""
+    results["images"].append(picture.image)
+    for number, entry in enumerate(picture.annotations, start=len(results["annotations"]) + 1):
+        results["annotations"].append({"id": number, **entry})
+
+
+def _asked(dataset: Dataset) -> dict[str, tuple[tuple[int, int], dict[str, None]]]:
+    """Size and phrases of each picture."""
+    asked: dict[str, tuple[tuple[int, int], dict[str, None]]] = {}
+    for record in dataset.records:
+        asked.setdefault(record.file_name, (record.size, {}))[1][record.phrase] = None
+    return asked
 
 
 def _load(images: Path, file_name: str, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

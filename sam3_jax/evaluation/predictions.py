@@ -45,7 +45,17 @@ def load_predictions(path: Path, dataset: Dataset, max_bad: float = MAX_BAD) -> 
     Raises:
       AnnotationError: unreadable, of neither form, too much damage, or of other images.
     """
-    data = read_json(path)
+    return assign_predictions(read_json(path), path, dataset, max_bad)
+
+
+def assign_predictions(
+    data: Any, path: Path, dataset: Dataset, max_bad: float = MAX_BAD
+) -> Predictions:
+    """:func:`load_predictions` of contents that were read; ``path`` is for messages.
+
+    Raises:
+      AnnotationError: of neither form, too much damage, or of other images.
+    """
     ours = isinstance(data, dict) and all(
         isinstance(data.get(name), list) for name in ("images", "annotations", "categories")
     )

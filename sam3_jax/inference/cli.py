@@ -11,6 +11,7 @@ import contextlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,8 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"cannot make the folder {output}: {error}") from error
 
+    # Warnings of Pillow are about what it then reads, or refuses with an error that we report.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     # Only now what takes seconds to import: --help and mistakes answer at once.
     from sam3_jax.checkpoint import CheckpointError
     from sam3_jax.inference import bulk

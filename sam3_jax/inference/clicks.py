@@ -37,7 +37,7 @@ def object_prompt(engine: Engine, job: Job, size: tuple[int, int]) -> ClickPromp
     )
 
 
-def click_object(engine: Engine, inputs: Float[np.ndarray, "1 s s 3"], prompt: ClickPrompt) -> Kept:
+def click_object(engine: Engine, inputs: UInt8[np.ndarray, "1 s s 3"], prompt: ClickPrompt) -> Kept:
     """The object of a prompt as one instance; its box comes from its mask.
 
     A single point is ambiguous: the best of three hypotheses by the model's own estimate. Anything

@@ -20,14 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sam3_jax import checkpoint
 from sam3_jax.config import ModelConfig
 from sam3_jax.inference import compile_cache, postprocess
 from sam3_jax.inference.nms import nms
 from sam3_jax.inference.options import DEFAULTS, Options
-from sam3_jax.inference.programs import RawOutput, compile_programs, compute_dtype, take_masks
+from sam3_jax.inference.programs import (
+    Pixels,
+    RawOutput,
+    compile_programs,
+    compute_dtype,
+    likely_masks,
+    take_masks,
+)
 from sam3_jax.inference.prompts import Prompt, Size, bucket, pad_geometry, phrase_of
 from sam3_jax.models.detector import Sam3, untrained_mask_params
 from sam3_jax.sharding import batch_sharding, on_one_device, param_shardings
@@ -49,6 +56,14 @@ class Kept(NamedTuple):
     boxes: Float[np.ndarray, "n 4"]  # (cx, cy, w, h) fractions of the image
     logits: Float[np.ndarray, "n h w"]  # of the masks, at a quarter of the patch size
     semantic: Float[np.ndarray, "h w"] | None = None  # logits of the concept, where asked for
+
+
+class Round(NamedTuple):
+    """One prompt of each image of a batch, as the devices have it or will have it."""
+
+    out: RawOutput
+    queries: Int[Array, "b n"]  # those with the best chances to be kept
+    masks: Float[Array, "b n h w"]  # theirs
 
 
 class UntrainedWarning(UserWarning):
@@ -77,6 +92,7 @@ class Engine:
         self._tokenize = default_tokenizer()
         self._phrases: collections.OrderedDict[str, TextFeatures] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._likely = KEPT_BUCKETS[2]  # instances that the next prompts are expected to have
 
     @classmethod
     def from_pretrained(
@@ -99,6 +115,17 @@ class Engine:
         )
         return cls(loaded.params, loaded.config, dtype=dtype, mesh=mesh, resolution=resolution)
 
+    def replace_params(self, params: dict) -> None:
+        """Goes on with other parameters, and forgets phrases that the old ones encoded.
+
+        The programs stay, and compile anew only for another structure, dtype or device. Images that
+        predictors have set belong to the old parameters: set them again.
+        """
+        params = jax.device_put(params, param_shardings(params, self.mesh) if self.mesh else None)
+        with self._lock:
+            self.params = params
+            self._phrases.clear()
+
     def require(self, module: str, *, part: str) -> None:
         """A checkpoint may hold a part of the model only.
 
@@ -111,14 +138,14 @@ class Engine:
                 f"with --part all or --part {part}"
             )
 
-    def place(self, pixels: Float[np.ndarray, "b s s 3"]) -> Array:
+    def place(self, pixels: Pixels) -> Array:
         """Moves preprocessed images to the devices, spread over the mesh if it divides them."""
         if self.mesh is None or len(pixels) % self.mesh.shape.get("data", 1):
             return jax.device_put(pixels)
         return jax.device_put(pixels, batch_sharding(self.mesh))
 
-    def trunk(self, pixels: Float[np.ndarray, "b s s 3"]) -> Array:
-        """The ViT's map of preprocessed images."""
+    def trunk(self, pixels: Pixels) -> Array:
+        """The ViT's map of images in the model's size, as bytes or normalised."""
         return self.run.trunk(self.params, self.place(pixels))
 
     def encode_text(self, phrase: str) -> TextFeatures:
@@ -146,15 +173,16 @@ class Engine:
 
     def submit(
         self,
-        pixels: Float[np.ndarray, "b s s 3"],
+        pixels: Pixels,
         prompts: Sequence[Sequence[Prompt]],
         sizes: Sequence[Size],
         batch_size: int,
-    ) -> list[RawOutput]:
+    ) -> list[Round]:
         """Starts a batch: the images, then one round for the first prompt of each, and so on.
 
         Args:
-          pixels: preprocessed images, at most ``batch_size``; the rest is padding.
+          pixels: images in the model's size, as bytes or normalised, at most ``batch_size``; the
+            rest is padding.
           prompts: of each image.
           sizes: of the original images.
 
@@ -166,18 +194,24 @@ class Engine:
             for prompt in own:
                 phrase_of(prompt)  # complains before anything has run
         missing = batch_size - len(pixels)
-        pixels = np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)])
+        if missing:
+            pixels = np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)])
         sizes = [*sizes, *sizes[:1] * missing]
         levels = self.run.detector_levels(self.params, self.trunk(pixels))
         rounds = []
         for turn in range(max(map(len, prompts), default=0)):
             asked = [own[turn] if turn < len(own) else _FILLER for own in prompts]
-            rounds.append(self.ground_each(levels, [*asked, *[_FILLER] * missing], sizes))
+            out = self.ground_each(levels, [*asked, *[_FILLER] * missing], sizes)
+            # Asked for later, masks would come behind the batches that are queued by then.
+            likely = likely_masks(out.pred_logits, out.pred_masks, count=self._likely)
+            for array in (out.pred_logits, out.presence_logits, out.pred_boxes, *likely):
+                array.copy_to_host_async()
+            rounds.append(Round(out, *likely))
         return rounds
 
     def collect(
         self,
-        rounds: Sequence[RawOutput],
+        rounds: Sequence[Round],
         thresholds: Sequence[Sequence[float]],
         options: Options = DEFAULTS,
         *,
@@ -188,12 +222,15 @@ class Engine:
         ``thresholds``: one for each prompt of each image.
         """
         kept: list[list[Kept]] = [[] for _ in thresholds]
-        for turn, out in enumerate(rounds):
+        most = 0
+        for turn, (out, *likely) in enumerate(rounds):
             here = [own[turn] if turn < len(own) else 2.0 for own in thresholds]  # 2: nothing
-            found = self.keep(out, here, options, semantic=semantic)
+            found = self.keep(out, here, options, likely=likely, semantic=semantic)
+            most = max([most, *(len(one.scores) for one in found)])
             for own, new, given in zip(kept, found, here, strict=True):
                 if given <= 1:
                     own.append(new)
+        self._likely = bucket(most, KEPT_BUCKETS)
         return kept
 
     def encode_exemplars(self, levels: Levels, prompt: Prompt, size: Size) -> TextFeatures:
@@ -255,22 +292,31 @@ class Engine:
         thresholds: Sequence[float],
         options: Options = DEFAULTS,
         *,
+        likely: Sequence[Array] | None = None,
         semantic: bool = False,
     ) -> list[Kept]:
-        """The instances of the first ``len(thresholds)`` prompts, read back from the devices."""
+        """The instances of the first ``len(thresholds)`` prompts, read back from the devices.
+
+        ``likely``: queries whose masks were asked for before it was known which will be kept, and
+        these masks.
+        """
         logits, presence, boxes = jax.device_get(
             (out.pred_logits, out.presence_logits, out.pred_boxes)
         )
         scores = postprocess.instance_scores(logits, presence if options.presence else None)
+        maps = np.asarray(out.semantic_seg) if semantic else None
+        there = None if likely is None else jax.device_get(likely)
         kept = []
         for i, threshold in enumerate(thresholds):
             chosen = postprocess.select(scores[i], threshold)
-            queries = np.zeros(bucket(len(chosen), KEPT_BUCKETS), np.int32)
-            queries[: len(chosen)] = chosen
-            masks = np.asarray(take_masks(out.pred_masks, np.int32(i), queries))[: len(chosen)]
+            masks = there and _among(chosen, there[0][i], there[1][i])
+            if masks is None:
+                queries = np.zeros(bucket(len(chosen), KEPT_BUCKETS), np.int32)
+                queries[: len(chosen)] = chosen
+                masks = np.asarray(take_masks(out.pred_masks, np.int32(i), queries))[: len(chosen)]
             instances = _thin_out(Kept(scores[i][chosen], boxes[i][chosen], masks), options)
             if semantic:
-                instances = instances._replace(semantic=np.asarray(out.semantic_seg[i]))
+                instances = instances._replace(semantic=maps[i])
             kept.append(instances)
         return kept
 
@@ -278,6 +324,17 @@ class Engine:
         """Whether boxes are drawn around the masks."""
         away = self.config.image_size != self.trained_size
         return options.boxes == "masks" or (options.boxes == "auto" and away)
+
+
+def _among(
+    chosen: Int[np.ndarray, " n"],
+    queries: Int[np.ndarray, " m"],
+    masks: Float[np.ndarray, "m h w"],
+) -> Float[np.ndarray, "n h w"] | None:
+    """The masks of the chosen queries, None where they are not all among ``queries``."""
+    order = np.argsort(queries)
+    places = order[np.searchsorted(queries, chosen, sorter=order).clip(max=len(order) - 1)]
+    return masks[places] if (queries[places] == chosen).all() else None
 
 
 def _at_resolution(config: ModelConfig, resolution: int | None) -> ModelConfig:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 OVERLAY_SUFFIX = "_overlay.png"
 OUTPUT_FOLDERS = ("_masks", "_semantic")  # ends of the names of folders that we write
 NAME_BYTES = 120  # of an output's base name; file systems take 255, suffixes come after it

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.data.images import ImageSource, load_image, to_model_input
+from sam3_jax.data.images import ImageSource, load_image, resize_image
 from sam3_jax.inference import postprocess
 from sam3_jax.inference.engine import PROMPT_BUCKETS, Engine, Kept
 from sam3_jax.inference.options import DEFAULTS, Options
@@ -149,7 +149,7 @@ class ImagePredictor:
         """
         pixels = load_image(image)
         side = self.config.image_size
-        trunk = self.engine.trunk(to_model_input(pixels, (side, side))[None])
+        trunk = self.engine.trunk(resize_image(pixels, (side, side))[None])
         self._encoded = _Encoded(pixels.shape[:2], trunk)
 
     def encode_text(self, phrase: str) -> TextFeatures:
@@ -252,7 +252,7 @@ class ImagePredictor:
         for start in range(0, len(images), batch_size):
             pixels = [load_image(image) for image in images[start : start + batch_size]]
             sizes = [image.shape[:2] for image in pixels]
-            inputs = np.stack([to_model_input(image, (side, side)) for image in pixels])
+            inputs = np.stack([resize_image(image, (side, side)) for image in pixels])
             own = asked[start : start + batch_size]
             rounds = self.engine.submit(inputs, own, sizes, batch_size)
             for size, kept in zip(

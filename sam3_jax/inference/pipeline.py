@@ -3,12 +3,14 @@
 Threads read and resize pictures ahead of the devices; batches are started while the one before is
 still being computed; threads turn what comes back into run lengths and files. Records are written
 in the order of the work, by one thread. Memory is bounded: so many batches on the way, and so many
-bytes of decoded pictures.
+bytes of decoded pictures; where these are spent, a batch starts before it is full.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,26 +18,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
-from sam3_jax.data.images import ImageError, load_image, to_model_input
+from sam3_jax.data.images import ImageError, load_image, resize_image
 from sam3_jax.inference import records, writers
 from sam3_jax.inference.automask import AutomaticMaskGenerator, MaskRecord
 from sam3_jax.inference.clicks import click_object, object_prompt
-from sam3_jax.inference.engine import Engine, Kept
+from sam3_jax.inference.engine import Engine, Kept, Round
 from sam3_jax.inference.image import ImagePredictor
 from sam3_jax.inference.jobs import Job
 from sam3_jax.inference.options import DEFAULTS, Options
 from sam3_jax.inference.placed import Placed, annotation, place
 from sam3_jax.inference.postprocess import detections
-from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt, PromptError, pad_geometry
 from sam3_jax.inference.tiles import Window, merge_tiles, tile_grid
 from sam3_jax.types import ClickPrompt
 
 BATCHES_ON_DEVICE = 2  # one is computed while the other is read back
-BYTES_AHEAD = 2**30  # of decoded pictures that wait or are being worked on
+SHARE_OF_MEMORY = 8  # one part of so many is for decoded pictures that are being worked on
+LEAST_BYTES = 2**30  # that they may have in any case
 FAILURES = (ImageError, OSError, ValueError, MemoryError)  # of one picture, not of the run
 
 
@@ -77,11 +79,12 @@ class _Loaded(NamedTuple):
 
     work: Work
     start: float
-    image: UInt8[np.ndarray, "h w 3"]
-    prompts: tuple[Prompt, ...]
-    click: ClickPrompt | None  # of a job about one object, which has no prompts
-    windows: tuple[Window, ...]  # the whole picture, then its tiles
-    inputs: Float[np.ndarray, "t s s 3"]
+    size: tuple[int, int]  # height, width
+    image: UInt8[np.ndarray, "h w 3"] | None  # None where it is needed no more
+    prompts: tuple[Prompt, ...] = ()
+    click: ClickPrompt | None = None  # of a job about one object, which has no prompts
+    windows: tuple[Window, ...] = ()  # the whole picture, then its tiles
+    whole: UInt8[np.ndarray, "s s 3"] | None = None  # the first one as the model takes it
 
 
 class _Found(NamedTuple):
@@ -117,9 +120,12 @@ def process(
         ThreadPoolExecutor(settings.workers, "write") as finishers,
     ):
         try:
-            loaded = _load_ahead(readers, engine, work, settings)
-            found = _detect(engine, loaded, settings)
-            yield from _finish_ahead(finishers, engine, found, output, settings)
+            held: dict[int, int] = {}  # bytes of the pictures under way, by their index
+            loaded = _load_ahead(readers, engine, work, settings, held)
+            found = _detect(readers, engine, loaded, settings)
+            for record in _finish_ahead(finishers, engine, found, output, settings):
+                held.pop(record["index"], None)
+                yield record
         finally:
             for pool in (readers, finishers):
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -129,22 +135,45 @@ def process(
 
 
 def _load_ahead(
-    pool: ThreadPoolExecutor, engine: Engine, work: Iterable[Work], settings: Settings
-) -> Iterator[_Loaded | dict]:
-    """Pictures in the order of ``work``, read by threads, bounded in number and in bytes."""
-    waiting: collections.deque[tuple[Future, int]] = collections.deque()
+    pool: ThreadPoolExecutor,
+    engine: Engine,
+    work: Iterable[Work],
+    settings: Settings,
+    held: dict[int, int],
+) -> Iterator[_Loaded | dict | None]:
+    """Pictures in the order of ``work``, read by threads, bounded in number and in bytes.
+
+    None asks to bring what is under way to an end, because it holds all the memory there is.
+    """
+    waiting: collections.deque[Future] = collections.deque()
     limit = 2 * settings.batch_size + settings.workers
-    held = 0
+    room = _bytes_for_pictures()
+
+    def first() -> _Loaded | dict:
+        item = waiting.popleft().result()
+        if isinstance(item, _Loaded) and item.image is None:
+            held[item.work.index] = 0
+        return item
+
     for item in work:
         size = _decoded_bytes(item.job.image)
-        while waiting and (len(waiting) >= limit or held + size > BYTES_AHEAD):
-            future, freed = waiting.popleft()
-            yield future.result()
-            held -= freed
-        waiting.append((pool.submit(_load, engine, item, settings), size))
-        held += size
+        while len(waiting) >= limit:
+            yield first()
+        while sum(held.values()) + size > room and any(held.values()):
+            yield first() if waiting else None
+        held[item.index] = size
+        waiting.append(pool.submit(_load, engine, item, settings))
     while waiting:
-        yield waiting.popleft()[0].result()
+        yield first()
+
+
+def _bytes_for_pictures() -> int:
+    """What decoded pictures may take of this machine's memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        memory = 0
+    return max(memory // SHARE_OF_MEMORY, LEAST_BYTES)
 
 
 def _decoded_bytes(path: Path) -> int:
@@ -164,7 +193,7 @@ def _load(engine: Engine, work: Work, settings: Settings) -> _Loaded | dict:
         image = load_image(job.image)
         size = image.shape[:2]
         if settings.everything:
-            return _Loaded(work, start, image, (), None, (), np.zeros((0, 0, 0, 3), np.float32))
+            return _Loaded(work, start, size, image)
         click = object_prompt(engine, job, size) if job.about_object else None
         prompts = () if click else _prompts(job)
         if prompts:  # one bad box must not fail the batch that the picture will be part of
@@ -174,11 +203,19 @@ def _load(engine: Engine, work: Work, settings: Settings) -> _Loaded | dict:
             if job.boxes:
                 raise PromptError("boxes do not go with tiles, most of which do not show them")
             windows += tile_grid(size, settings.tile, settings.tile_overlap)
-        side = engine.config.image_size
-        inputs = [to_model_input(image[y0:y1, x0:x1], (side, side)) for y0, x0, y1, x1 in windows]
-        return _Loaded(work, start, image, prompts, click, tuple(windows), np.stack(inputs))
+        whole = _model_input(engine, image, windows[0])
+        if not settings.overlay and len(windows) == 1:
+            image = None
+        return _Loaded(work, start, size, image, prompts, click, tuple(windows), whole)
     except FAILURES as error:
         return _failed(work, error)
+
+
+def _model_input(
+    engine: Engine, image: UInt8[np.ndarray, "h w 3"], window: Window
+) -> UInt8[np.ndarray, "s s 3"]:
+    y0, x0, y1, x1 = window
+    return resize_image(image[y0:y1, x0:x1], (engine.config.image_size,) * 2)
 
 
 def _prompts(job: Job) -> tuple[Prompt, ...]:
@@ -204,20 +241,26 @@ class _Slot(NamedTuple):
 
 
 def _detect(
-    engine: Engine, loaded: Iterable[_Loaded | dict], settings: Settings
-) -> Iterator[_Found | dict]:
-    """Batches of windows through the model; pictures come out in order when complete."""
+    pool: ThreadPoolExecutor,
+    engine: Engine,
+    loaded: Iterable[_Loaded | dict | None],
+    settings: Settings,
+) -> Iterator[_Found | dict | None]:
+    """Batches of windows through the model; pictures come out in order when complete.
+
+    None passes through behind all that came before it.
+    """
     generator = _mask_generator(engine, settings)
     slots: list[_Slot] = []
-    running: collections.deque[tuple[list[_Slot], list[RawOutput]]] = collections.deque()
+    running: collections.deque[tuple[list[_Slot], list[Round]]] = collections.deque()
     order: collections.deque[_Found | dict] = collections.deque()
 
     def start() -> None:
         batch = slots[: settings.batch_size]
         del slots[: settings.batch_size]
         found = [slot.found.loaded for slot in batch]
-        inputs = np.stack([slot.found.loaded.inputs[slot.window] for slot in batch])
-        sizes = [one.image.shape[:2] for one in found]
+        inputs = np.stack(list(pool.map(functools.partial(_slot_input, engine), batch)))
+        sizes = [one.size for one in found]
         rounds = engine.submit(inputs, [one.prompts for one in found], sizes, settings.batch_size)
         running.append((batch, rounds))
         if len(running) >= BATCHES_ON_DEVICE:
@@ -230,28 +273,43 @@ def _detect(
         for slot, new in zip(batch, kept, strict=True):
             slot.found.kept.append(new)
 
+    def finish() -> None:
+        while slots:
+            start()
+        while running:
+            read_back()
+
     def complete() -> Iterator[_Found | dict]:
         while order and (isinstance(order[0], dict) or order[0].complete):
             yield order.popleft()
 
     for item in loaded:
-        if isinstance(item, dict):
+        if item is None:
+            finish()
+            yield from complete()
+            yield None
+        elif isinstance(item, dict):
             order.append(item)
         elif generator:
             order.append(_Found(item, [], generator.generate(item.image)))
         elif item.click is not None:
-            order.append(_Found(item, [[click_object(engine, item.inputs, item.click)]]))
+            order.append(_Found(item, [[click_object(engine, item.whole[None], item.click)]]))
         else:
             order.append(_Found(item, []))
             slots += [_Slot(order[-1], i) for i in range(len(item.windows))]
         while len(slots) >= settings.batch_size:
             start()
         yield from complete()
-    while slots:
-        start()
-    while running:
-        read_back()
+    finish()
     yield from complete()
+
+
+def _slot_input(engine: Engine, slot: _Slot) -> UInt8[np.ndarray, "s s 3"]:
+    """Tiles are cut and resized when their turn comes: hundreds would take a GB."""
+    loaded = slot.found.loaded
+    if slot.window == 0:
+        return loaded.whole
+    return _model_input(engine, loaded.image, loaded.windows[slot.window])
 
 
 def _mask_generator(engine: Engine, settings: Settings) -> AutomaticMaskGenerator | None:
@@ -276,7 +334,7 @@ def _thresholds(loaded: _Loaded, settings: Settings) -> list[float]:
 def _finish_ahead(
     pool: ThreadPoolExecutor,
     engine: Engine,
-    found: Iterable[_Found | dict],
+    found: Iterable[_Found | dict | None],
     output: Path,
     settings: Settings,
 ) -> Iterator[dict]:
@@ -289,6 +347,10 @@ def _finish_ahead(
         return item if isinstance(item, dict) else item.result()
 
     for item in found:
+        if item is None:
+            if waiting:
+                yield first()
+            continue
         if isinstance(item, _Found):
             item = pool.submit(_finish, engine, item, output, settings)
         waiting.append(item)
@@ -303,7 +365,7 @@ def _finish_ahead(
 def _finish(engine: Engine, found: _Found, output: Path, settings: Settings) -> dict:
     """Writes the outputs of one picture and makes its record."""
     loaded = found.loaded
-    work, size = loaded.work, loaded.image.shape[:2]
+    work, size = loaded.work, loaded.size
     try:
         phrases = work.job.names
         annotations = []
@@ -343,7 +405,7 @@ def _instances(
     engine: Engine, windows: Sequence[Kept], loaded: _Loaded, settings: Settings
 ) -> Iterable[Placed]:
     """The instances of one prompt in the whole picture."""
-    size = loaded.image.shape[:2]
+    size = loaded.size
     tight = loaded.click is not None or engine.boxes_from_masks(settings.options)
     if len(windows) == 1:
         return place(*windows[0][:3], size, boxes_from_masks=tight)
@@ -364,7 +426,7 @@ def _write(
     settings: Settings,
 ) -> list[Path]:
     """The outputs that were asked for."""
-    work, size = loaded.work, loaded.image.shape[:2]
+    work, size = loaded.work, loaded.size
     written = []
     if settings.overlay:
         named = bool(work.job.phrases) and settings.everything is None

@@ -28,18 +28,24 @@ class Part(NamedTuple):
     holes: tuple[Ring, ...]  # counter-clockwise
 
 
-def mask_parts(mask: Bool[np.ndarray, "h w"], tolerance: float = TOLERANCE) -> list[Part]:
+def mask_parts(
+    mask: Bool[np.ndarray, "h w"],
+    tolerance: float = TOLERANCE,
+    *,
+    corner: tuple[int, int] = (0, 0),
+) -> list[Part]:
     """The outlines of a mask, the piece with the largest outer outline first.
 
     Args:
       mask: may be empty; the list then is.
       tolerance: how far, in pixels, a simplified outline may be from the exact one. Pixels change
         only where they touch the outline as long as it is below 1.5. 0 keeps every corner.
+      corner: (x, y) of the mask's first pixel in the picture.
     """
     if not mask.any():
         return []
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    corner = np.asarray([cols[0], rows[0]])
+    offset = np.asarray([corner[0] + cols[0], corner[1] + rows[0]])
     mask = mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     rings = _trace(mask)
     # Which piece a hole is in: the one of the pixel above its first corner.
@@ -52,7 +58,7 @@ def mask_parts(mask: Bool[np.ndarray, "h w"], tolerance: float = TOLERANCE) -> l
         x, y = ring[0]
         is_hole = not mask[y, x]
         piece = 0 if pieces is None else int(pieces[y - is_hole, x])
-        simple = simplify((ring + corner).astype(np.float64), tolerance)
+        simple = simplify((ring + offset).astype(np.float64), tolerance)
         if is_hole:
             holes.setdefault(piece, []).append(simple[::-1])
         else:

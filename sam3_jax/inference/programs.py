@@ -5,6 +5,7 @@ One program for an entry point and a set of padded sizes; outputs are float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,13 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from sam3_jax.models.detector import Sam3
 from sam3_jax.models.sam_heads import select_masks
 from sam3_jax.types import ClickPrompt, Geometry, Levels, TextFeatures
 
 DTYPES = ("auto", "bfloat16", "float32")
+
+
+# Images: normalised, or bytes, which are a quarter to move and are normalised on the devices.
+AnyArray = Array | np.ndarray
+Pixels = Float[AnyArray, "b s s 3"] | UInt8[AnyArray, "b s s 3"]
 
 
 class RawOutput(NamedTuple):
@@ -38,7 +44,7 @@ class RawOutput(NamedTuple):
 class Programs(NamedTuple):
     """The model's entry points, jitted; parameters come first."""
 
-    trunk: Callable[[Any, Float[Array, "b s s 3"]], Array]
+    trunk: Callable[[Any, Pixels], Array]  # bytes are normalised first
     detector_levels: Callable[[Any, Array], Levels]
     tracker_levels: Callable[[Any, Array], Levels]
     text: Callable[[Any, Int[Array, "1 n"]], TextFeatures]
@@ -73,7 +79,9 @@ def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
     def apply(params: Any, *args: Any, method: str) -> Any:
         return model.apply({"params": params}, *args, method=method)
 
-    def trunk(params: Any, pixels: Float[Array, "b s s 3"]) -> Array:
+    def trunk(params: Any, pixels: Pixels) -> Array:
+        if pixels.dtype == jnp.uint8:
+            pixels = normalize(pixels)
         return apply(params, pixels, method="encode_trunk")
 
     def detector_levels(params: Any, features: Array) -> Levels:
@@ -134,3 +142,20 @@ def take_masks(
 ) -> Float[Array, "n h w"]:
     """Some masks of one prompt."""
     return masks[prompt, queries]
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def likely_masks(
+    logits: Float[Array, "p q"], masks: Float[Array, "p q h w"], *, count: int
+) -> tuple[Int[Array, "p n"], Float[Array, "p n h w"]]:
+    """The ``count`` queries of every prompt with the highest logits, and their masks."""
+    _, queries = jax.lax.top_k(logits, min(count, logits.shape[1]))
+    return queries, jnp.take_along_axis(masks, queries[:, :, None, None], axis=1)
+
+
+def normalize(pixels: UInt8[AnyArray, "*s"]) -> Float32[Array, "*s"]:
+    """0..255 to -1..1, as :func:`sam3_jax.data.images.normalize` does it with a table.
+
+    A compiler that multiplies and subtracts in one go rounds once less: 6e-8 off.
+    """
+    return (pixels.astype(jnp.float32) * np.float32(1 / 255) - 0.5) / 0.5

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
+from sam3_jax.inference.fonts import Font, font_for
 from sam3_jax.inference.postprocess import Detections
 
 FILL = 0.42  # opacity of a mask's tint
 TAG_FILL = 0.88
+TAG_WIDTH = 0.5  # of the picture's width
+LONGEST = 100  # characters of a tag
 TAG_SHARE = 0.25  # of the picture may be covered by tags; worse instances then go without
 Color = tuple[int, int, int]
 CHOSEN: tuple[Color, ...] = (
@@ -91,12 +94,17 @@ def overlay(
 
     extents = [_extent(mask) for mask in detections.masks]
     areas = np.asarray([np.count_nonzero(mask) for mask in detections.masks], np.int64)
-    return draw(image, detections.masks.__getitem__, extents, areas, detections.scores, texts)
+
+    def crop_of(i: int) -> Bool[np.ndarray, "h w"]:
+        x0, y0, x1, y1 = extents[i]
+        return detections.masks[i, y0:y1, x0:x1]
+
+    return draw(image, crop_of, extents, areas, detections.scores, texts)
 
 
 def draw(
     image: UInt8[np.ndarray, "h w 3"],
-    mask_of: Callable[[int], Bool[np.ndarray, "h w"]],
+    crop_of: Callable[[int], Bool[np.ndarray, "_ _"]],
     extents: Sequence[Rect | None],
     areas: Int[np.ndarray, " n"],
     scores: Float[np.ndarray, " n"],
@@ -106,8 +114,8 @@ def draw(
 
     Args:
       image: RGB.
-      mask_of: gives the i-th mask, asked once for each: those of a crowd on a large picture take
-        GB, so they may be unpacked one at a time.
+      crop_of: gives the i-th mask within its extent, asked once for each that is not empty: those
+        of a crowd on a large picture take GB, so they may be unpacked one at a time.
       extents: the rectangle around each mask, None for an empty one.
       areas: of the masks in pixels.
       scores: the best are labelled first.
@@ -118,9 +126,9 @@ def draw(
     line = max(1.4, 0.0028 * (height * width) ** 0.5)
     canvas = Image.fromarray(image).copy()
     # Small instances last: they stay visible in front of large ones.
-    for i in np.argsort(-areas, kind="stable"):
+    for i in np.argsort(-areas, kind="stable").tolist():
         if extents[i] is not None:
-            _draw_mask(canvas, mask_of(i), extents[i], colors[i], line)
+            _draw_mask(canvas, crop_of(i), extents[i], colors[i], line)
     _draw_tags(canvas, extents, scores, texts, colors)
     return np.asarray(canvas)
 
@@ -134,13 +142,14 @@ def _extent(mask: Bool[np.ndarray, "h w"]) -> Rect | None:
 
 
 def _draw_mask(
-    canvas: Image.Image, mask: Bool[np.ndarray, "h w"], extent: Rect, color: Color, line: float
+    canvas: Image.Image, crop: Bool[np.ndarray, "_ _"], extent: Rect, color: Color, line: float
 ) -> None:
     """Tints one mask in place and draws its outline, ``line`` pixels wide, with a dark rim."""
     pad = int(np.ceil(3 * line)) + 1
     x0, y0 = max(extent.x0 - pad, 0), max(extent.y0 - pad, 0)
-    inside = Image.fromarray(mask[y0 : extent.y1 + pad, x0 : extent.x1 + pad].astype(np.uint8))
-    inside = inside.point(_table(np.arange(256) > 0))
+    x1, y1 = min(extent.x1 + pad, canvas.width), min(extent.y1 + pad, canvas.height)
+    inside = Image.new("L", (x1 - x0, y1 - y0))
+    inside.paste(Image.fromarray(crop.view(np.uint8) * 255), (extent.x0 - x0, extent.y0 - y0))
     # Blurred, an edge becomes a ramp: bands of it are outlines of even width in all directions.
     ramp = _blur(inside, line)
     values = np.arange(256) / 255
@@ -159,7 +168,7 @@ def _table(shares: np.ndarray) -> list[int]:
 
 def _blur(image: Image.Image, radius: float) -> Image.Image:
     """Gaussian blur; a wide one at less resolution, which is as smooth and many times as fast."""
-    factor = max(1, int(radius / 3))
+    factor = max(1, int(radius / 2))
     if factor == 1:
         return image.filter(ImageFilter.GaussianBlur(radius))
     small = image.reduce(factor).filter(ImageFilter.GaussianBlur(radius / factor))
@@ -184,15 +193,16 @@ def _draw_tags(
     width, height = canvas.size
     pen = ImageDraw.Draw(canvas, "RGBA")
     size = max(11.0, 0.02 * (height * width) ** 0.5)
-    font = ImageFont.load_default(size)
     pad = max(2, round(0.28 * size))
-    ascent, descent = font.getmetrics()
+    ascent, descent = font_for("", size)[0].getmetrics()
     tag_height = ascent + descent + pad
     taken: list[Rect] = []
     room = TAG_SHARE * height * width
     for i in np.argsort(-scores, kind="stable"):
         extent = extents[i]
-        text = _shorten(texts[i], font, width - 2 * pad)
+        room_for_text = int(min(width - 2 * pad, max(TAG_WIDTH * width, 6 * size)))
+        font, text = font_for(texts[i], size)
+        text = _shorten(text, font, room_for_text)
         tag_width = round(font.getlength(text)) + 2 * pad
         room -= tag_width * tag_height
         if extent is None or not text or (taken and room < 0):
@@ -204,13 +214,16 @@ def _draw_tags(
         pen.text((rect.x0 + pad, middle), text, _ink(colors[i]), font, anchor="lm")
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
-    """Cuts the end of a text that is wider than ``room`` pixels."""
-    if font.getlength(text) <= room:
+def _shorten(text: str, font: Font, room: int) -> str:
+    """Cuts a text that is wider than ``room`` pixels before its last word, which is the score."""
+    if len(text) < LONGEST and font.getlength(text) <= room:
         return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text + "..." if text else ""
+    start, _, last = text.rpartition(" ")
+    for kept in range(min(len(start), LONGEST), 0, -1):
+        short = f"{start[:kept].rstrip()}... {last}"
+        if font.getlength(short) <= room:
+            return short
+    return last if len(last) < LONGEST and font.getlength(last) <= room else ""
 
 
 def _ink(color: Color) -> Color:

@@ -1,8 +1,9 @@
 """Files for one picture beside its record: pictures of the masks, and formats of other programs.
 
 All are made of what the record holds (``annotations``, with run-length encoded masks that are
-unpacked one at a time), so memory does not grow with the number of instances, and they can be made
-later from a results file too. Every file is replaced at once or not at all. In the output folder:
+unpacked one at a time, around the object only), so memory grows neither with the number of
+instances nor, beside the picture itself, with its size, and they can be made later from a results
+file too. Every file is replaced at once or not at all. In the output folder:
 
 - ``NAME_overlay.png``: the picture with the instances drawn in.
 - ``NAME_masks/000_cat_0.91.png``: for each annotation, in its order, its mask as a bilevel PNG
@@ -26,14 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3_jax.inference.files import OVERLAY_SUFFIX, replacing, replacing_folder
-from sam3_jax.inference.polygons import join, mask_parts
+from sam3_jax.inference.png import strip_height, strips_of, write_png
+from sam3_jax.inference.polygons import Part, join, mask_parts
 from sam3_jax.inference.postprocess import sigmoid
-from sam3_jax.inference.rle import decode_mask
+from sam3_jax.inference.rle import decode_crop
 from sam3_jax.inference.visualize import Rect, draw
 
 LABELME_VERSION = "5.5.0"  # the version whose files these are like
@@ -68,7 +70,7 @@ def write_overlay(
     texts = [f"{a['phrase'] if show_phrases else ''} {a['score']:.2f}".strip() for a in annotations]
     drawn = draw(
         image,
-        lambda i: decode_mask(annotations[i]["segmentation"]),
+        lambda i: decode_crop(annotations[i]["segmentation"])[0],
         [_extent(a["segmentation"]) for a in annotations],
         np.asarray([a["area"] for a in annotations], np.int64),
         scores,
@@ -76,7 +78,7 @@ def write_overlay(
     )
     path = folder / f"{name}{OVERLAY_SUFFIX}"
     with replacing(path) as temporary:
-        Image.fromarray(drawn).save(temporary, "PNG", compress_level=1)
+        write_png(temporary, drawn.shape[:2], strips_of(drawn))
     return path
 
 
@@ -92,8 +94,22 @@ def write_masks(folder: Path, name: str, annotations: Annotations) -> Path:
     with replacing_folder(path) as temporary:
         for i, item in enumerate(annotations):
             file = temporary / f"{i:03d}_{file_part(item['phrase'])}_{item['score']:.2f}.png"
-            Image.fromarray(decode_mask(item["segmentation"])).save(file, "PNG")
+            segmentation = item["segmentation"]
+            write_png(file, tuple(segmentation["size"]), _mask_strips(segmentation))
     return path
+
+
+def _mask_strips(segmentation: Mapping[str, Any]) -> Iterator[Bool[np.ndarray, "_ w"]]:
+    """A mask in strips: the whole of it may be large."""
+    height, width = segmentation["size"]
+    crop, y, x = decode_crop(segmentation)
+    rows = strip_height(width)
+    for top in range(0, height, rows):
+        strip = np.zeros((min(rows, height - top), width), bool)
+        first, last = max(top, y), min(top + len(strip), y + crop.shape[0])
+        if first < last:
+            strip[first - top : last - top, x : x + crop.shape[1]] = crop[first - y : last - y]
+        yield strip
 
 
 def write_semantic(
@@ -112,25 +128,23 @@ def write_semantic(
     with replacing_folder(path) as temporary:
         for i, (phrase, logits) in enumerate(maps.items()):
             file = temporary / f"{i:03d}_{file_part(phrase)}.png"
-            Image.fromarray(_probability(logits, size)).save(file, "PNG")
+            write_png(file, size, _probability(logits, size))
     return path
 
 
 def _probability(
     logits: Float[np.ndarray, "mh mw"], size: tuple[int, int]
-) -> UInt8[np.ndarray, "h w"]:
-    """Logits resized bilinearly to ``size``, a few rows at a time, as probabilities 0..255."""
+) -> Iterator[UInt8[np.ndarray, "_ w"]]:
+    """Logits resized bilinearly to ``size``, as probabilities 0..255, a few rows at a time."""
     height, width = size
     source = Image.fromarray(np.asarray(logits, np.float32))
     scale = source.height / height
-    result = np.zeros(size, np.uint8)
     for start in range(0, height, ROWS_AT_A_TIME):
         stop = min(start + ROWS_AT_A_TIME, height)
         # Beyond the box Pillow still reads its neighbours, so the pieces fit without seams.
         box = (0, start * scale, source.width, min(stop * scale, source.height))
         piece = source.resize((width, stop - start), Image.Resampling.BILINEAR, box)
-        result[start:stop] = np.rint(255 * sigmoid(np.asarray(piece)))
-    return result
+        yield np.rint(255 * sigmoid(np.asarray(piece))).astype(np.uint8)
 
 
 def write_labelme(
@@ -144,7 +158,7 @@ def write_labelme(
     path.parent.mkdir(exist_ok=True)
     shapes = []
     for i, item in enumerate(annotations):
-        parts = mask_parts(decode_mask(item["segmentation"]))
+        parts = _outlines(item["segmentation"])
         for part in parts:
             shape = {
                 "label": item["phrase"],
@@ -168,6 +182,11 @@ def write_labelme(
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     return path
+
+
+def _outlines(segmentation: Mapping[str, Any]) -> list[Part]:
+    mask, y, x = decode_crop(segmentation)
+    return mask_parts(mask, corner=(x, y))
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -210,7 +229,7 @@ def _yolo_lines(annotations: Annotations, number: Mapping[str, int]) -> Iterator
         if item["phrase"] not in number:
             known = ", ".join(number)
             raise ValueError(f"{item['phrase']!r} is not among the classes of the run ({known})")
-        parts = mask_parts(decode_mask(item["segmentation"]))
+        parts = _outlines(item["segmentation"])
         if parts:
             ring = join([ring for part in parts for ring in (part.outer, *part.holes)])
             height, width = item["segmentation"]["size"]

@@ -165,9 +165,12 @@ class Sam3(nn.Module):
         )
 
     def click(
-        self, levels: Levels, prompt: ClickPrompt, image_index: Int[Array, " p"]
+        self, levels: Levels, prompt: ClickPrompt, image_index: Int[Array, " p"] | None
     ) -> ClickOutput:
-        """Segments what P point, box or mask prompts mean, on the tracker's pyramids."""
+        """Segments what P point, box or mask prompts mean, on the tracker's pyramids.
+
+        ``image_index``: image of each prompt; None: prompt i is about image i.
+        """
         return self.tracker.click(levels, prompt, image_index)
 
     def touch(self, pixels: Float[Array, "b hp wp 3"], token_ids: Int[Array, "t n"]) -> None:

@@ -66,15 +66,17 @@ class Tracker(nn.Module):
         return self.mask_decoder(fine, middle, coarse + dense, pos, points, mask)
 
     def click(
-        self, levels: Levels, prompt: ClickPrompt, image_index: Int[Array, " p"]
+        self, levels: Levels, prompt: ClickPrompt, image_index: Int[Array, " p"] | None
     ) -> ClickOutput:
         """Interactive segmentation of single images: no memory, its learned absence instead.
 
         Args:
           levels: projected pyramids of B images.
-          image_index: image of each of the P prompts.
+          image_index: image of each of the P prompts; None: prompt i is about image i.
         """
-        fine, middle, coarse = (level[image_index] for level in levels)
+        if image_index is not None:
+            levels = tuple(level[image_index] for level in levels)
+        fine, middle, coarse = levels
         coarse = coarse + self.no_memory_embed()[0].astype(coarse.dtype)
         return self.heads((fine, middle, coarse), prompt)
 

@@ -141,12 +141,10 @@ def _attention(
     """Splits the work over the mesh in whose context it is traced."""
     f = functools.partial(_on_device, causal=causal, rate=rate, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
-    free = [
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[axis] > 1
-    ]
-    if not free:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [axis for axis, kind in kinds if kind == AxisType.Auto]
+    # Axes of size 1 as well: Mosaic wants every axis of the mesh to be manual.
+    if all(mesh.shape[axis] == 1 for axis in free):
         return f(x)
     b, _, h, _ = x.q.shape
     batch, size = [], 1

@@ -6,23 +6,37 @@ from typing import NamedTuple
 
 import jax
 from einops import rearrange
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sam3_jax.training.targets import Targets
 from sam3_jax.types import Geometry
+
+
+class Clicks(NamedTuple):
+    """First prompts of single objects, C an image: a point, or a box as two points.
+
+    Points and labels are those of ``ClickPrompt``; ``masks`` are the objects' at the size of the
+    comparison, ``valid``: not padding.
+    """
+
+    points: Float[Array, "*b c 2 2"]
+    labels: Int[Array, "*b c 2"]
+    masks: Bool[Array, "*b c m m"]
+    valid: Bool[Array, "*b c"]
 
 
 class TrainBatch(NamedTuple):
     """B images with K prompts each, image by image: prompt p is about image p // K.
 
     ``images`` are 8-bit RGB. ``tokens``, ``geometry`` and ``targets`` have a row for each of the
-    B * K prompts.
+    B * K prompts, ``clicks`` one for each image.
     """
 
     images: UInt8[Array, "b h w 3"]
     tokens: Int[Array, "p n"]
     geometry: Geometry
     targets: Targets
+    clicks: Clicks
 
 
 def normalize(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
@@ -60,6 +74,6 @@ def micro_batches(batch: TrainBatch, count: int) -> TrainBatch:
     def cut(x: Array, rows: int) -> Array:
         return rearrange(x, "(b m r) ... -> m (b r) ...", m=count, r=rows)
 
-    images = cut(batch.images, 1)
-    prompts = jax.tree.map(lambda x: cut(x, per_image), batch._replace(images=()))
-    return prompts._replace(images=images)
+    images, clicks = jax.tree.map(lambda x: cut(x, 1), (batch.images, batch.clicks))
+    prompts = jax.tree.map(lambda x: cut(x, per_image), batch._replace(images=(), clicks=()))
+    return prompts._replace(images=images, clicks=clicks)

@@ -30,6 +30,8 @@ CONSTANTS = (r"^tracker/prompt_encoder/gaussian$",)
 # Parts that the detector's loss does not reach. They must be frozen unless another loss trains
 # them: where gradients are zero, weight decay alone would wear them away.
 TRACKER = (r"^tracker/", r"^vision/tracker_neck/")
+# Of these, what the interactive head's loss does not reach either.
+MEMORY = (r"^tracker/(mask_downsample|memory_\w+|no_object_\w+|pointer_\w+)/",)
 # Scales of norms that decay. The released recipe exempts ``torch.nn.LayerNorm`` by class, which
 # neither GroupNorm nor SAM's ``LayerNorm2d`` is.
 DECAYED_NORMS = (
@@ -83,7 +85,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    freeze: tuple[str, ...] = TRACKER  # paths (regular expressions) that do not train
+    freeze: tuple[str, ...] = ()  # paths (regular expressions) that do not train
     ema: float = 0.0  # decay of the average of the parameters; 0: none
 
 

@@ -25,11 +25,12 @@ from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import Sam3
 from sam3_jax.sharding import constrain_batch, constrain_params
 from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
+from sam3_jax.training.clicks import ClickConfig, click_loss
 from sam3_jax.training.criterion import detection_loss
-from sam3_jax.training.optimizer import TRACKER, Optimizer, path_of
+from sam3_jax.training.optimizer import MEMORY, TRACKER, Optimizer, path_of
 from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.targets import LossConfig
-from sam3_jax.types import GroundOutput
+from sam3_jax.types import ClickOutput, ClickPrompt, GroundOutput, Levels
 
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
@@ -50,13 +51,14 @@ class StepConfig:
     seed: int = 0  # of dropout, of points and pairs of the mask losses
 
 
-def unused_parameters(loss: LossConfig) -> tuple[str, ...]:
-    """Paths (patterns) that the loss does not reach, to be frozen; see ``optimizer.TRACKER``."""
+def unused_parameters(loss: LossConfig, clicks: ClickConfig) -> tuple[str, ...]:
+    """Paths (patterns) that the losses do not reach, to be frozen; see ``optimizer.TRACKER``."""
+    tracker = MEMORY if clicks.weight else TRACKER
     if not (loss.masks or loss.semantic):
-        return (*TRACKER, r"^segmentation/")
+        return (*tracker, r"^segmentation/")
     if not loss.masks:
-        return (*TRACKER, r"^segmentation/(instance|mask_head)/")
-    return TRACKER if loss.semantic else (*TRACKER, r"^segmentation/semantic/")
+        return (*tracker, r"^segmentation/(instance|mask_head)/")
+    return tracker if loss.semantic else (*tracker, r"^segmentation/semantic/")
 
 
 def make_train_step(
@@ -65,6 +67,7 @@ def make_train_step(
     optimizer: Optimizer,
     config: StepConfig,
     *,
+    clicks: ClickConfig | None = None,
     alpha: float = 0.0,
 ) -> Step:
     """The jitted step: (state, batch) -> (state, metrics). It takes the state's memory over.
@@ -77,31 +80,46 @@ def make_train_step(
     ``skipped`` and ``skipped_in_a_row``.
 
     Args:
+      clicks: training of the interactive head; None: it does not train.
       alpha: of LoRA, where the state has it.
 
     Raises:
       ValueError: at the first call, where parameters would train that the loss does not reach, or
         where the batch does not fit.
     """
+    clicks = clicks or ClickConfig()
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         batch = constrain_batch(batch)
         train, frozen = trainable(state, optimizer)
-        _check_reached(train, loss)
+        _check_reached(train, loss, clicks)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
             params = assemble(train, frozen, lora=state.lora is not None, alpha=alpha)
-            dropout, draw = jax.random.split(key)
-            out = forward(params, batch, model, config.dtype, dropout)
-            return detection_loss(
-                out,
-                batch.targets,
-                loss,
-                matcher=config.matcher,
-                replicas=max(1, len(batch.images) // config.images_per_replica),
-                key=draw,
+            dropout, draw, user = jax.random.split(key, 3)
+            module = Sam3(model, jnp.dtype(config.dtype))
+            out, levels = forward(module, params, batch, dropout, tracker=clicks.weight > 0)
+            replicas = max(1, len(batch.images) // config.images_per_replica)
+            total, terms = detection_loss(
+                out, batch.targets, loss, matcher=config.matcher, replicas=replicas, key=draw
             )
+            if levels is None:
+                return total, terms
+
+            def click(prompt: ClickPrompt) -> ClickOutput:
+                return module.apply({"params": params}, levels, prompt, None, method="click")
+
+            more, click_terms = click_loss(
+                click,
+                batch.clicks,
+                clicks,
+                user,
+                frame=model.image_size,
+                mask_side=4 * (model.image_size // model.vision.patch_size),
+                replicas=replicas,
+            )
+            return total + clicks.weight * more, terms | click_terms
 
         grads, metrics = _accumulate(losses, train, batch, key, config.accumulate)
         metrics |= {
@@ -118,9 +136,9 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _check_reached(train: dict, loss: LossConfig) -> None:
+def _check_reached(train: dict, loss: LossConfig, clicks: ClickConfig) -> None:
     for path, _ in jax.tree_util.tree_flatten_with_path(train)[0]:
-        for pattern in unused_parameters(loss):
+        for pattern in unused_parameters(loss, clicks):
             if re.search(pattern, path_of(path)):
                 raise ValueError(
                     f"{path_of(path)} would train, but the loss does not reach it, so weight decay "
@@ -129,22 +147,27 @@ def _check_reached(train: dict, loss: LossConfig) -> None:
 
 
 def forward(
-    params: dict, batch: TrainBatch, model: ModelConfig, dtype: str, key: PRNGKeyArray
-) -> GroundOutput:
-    """The detector as it trains: with dropout, drop path and one-to-many queries."""
+    module: Sam3, params: dict, batch: TrainBatch, key: PRNGKeyArray, *, tracker: bool = False
+) -> tuple[GroundOutput, Levels | None]:
+    """The detector as it trains: with dropout, drop path and one-to-many queries.
+
+    Besides, with ``tracker``, the interactive head's pyramids of each object to click on.
+    """
     prompts = prompts_per_image(batch)
 
-    def run(module: Sam3) -> GroundOutput:
-        pixels = normalize(batch.images)
-        levels = module.encode_image(pixels, tracker=False, deterministic=False).detector
+    def for_each(levels: Levels, count: int) -> Levels:
         # Repeating, unlike indexing, needs nothing from other devices.
-        levels = tuple(jnp.repeat(level, prompts, axis=0) for level in levels)
-        text = module.encode_text(batch.tokens)
-        return module.ground(
-            levels, text, batch.geometry, None, None, dac=True, deterministic=False
-        )
+        return tuple(jnp.repeat(level, count, axis=0) for level in levels)
 
-    module = Sam3(model, jnp.dtype(dtype))
+    def run(module: Sam3) -> tuple[GroundOutput, Levels | None]:
+        pixels = normalize(batch.images)
+        image = module.encode_image(pixels, tracker=tracker, deterministic=False)
+        text = module.encode_text(batch.tokens)
+        levels = for_each(image.detector, prompts)
+        out = module.ground(levels, text, batch.geometry, None, None, dac=True, deterministic=False)
+        objects = batch.clicks.valid.shape[1]
+        return out, for_each(image.tracker, objects) if tracker else None
+
     return module.apply({"params": params}, rngs={"dropout": key}, method=run)
 
 

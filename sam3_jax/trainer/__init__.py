@@ -1,0 +1,1 @@
+"""Training runs: configuration, data, state, logs and checkpoints around the pure step."""
