@@ -10,6 +10,7 @@ A checkpoint is a folder::
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -33,6 +34,8 @@ GROUP_BYTES = 256 * 2**20  # written at a time, which bounds the memory that sav
 # Read at a time: left to itself, Orbax reads all at once, which takes half as much memory again
 # and, for the pages it touches, twice the time.
 READ_BYTES = 512 * 2**20
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 # Parts of the model that a checkpoint may hold, and the parameters of each (path prefixes).
 # "image" finds concepts, "tracker" follows objects, "clicks" is the tracker without its memory.
@@ -321,7 +324,7 @@ def load(
         stored = flatten(ocp.metadata(folder / "params").metadata)
     _check_sizes(folder, config, {name: leaf.shape for name, leaf in stored.items()})
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(_load_dtype(name, leaf, dtype)))
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(load_dtype(name, leaf, dtype)))
         for name, leaf in stored.items()
         if in_parts(name, parts or held)
     }
@@ -340,7 +343,17 @@ def load(
     return Loaded(params, config, metadata)
 
 
-def _load_dtype(name: str, leaf: Any, dtype: Any) -> Any:
+def return_memory_early() -> None:
+    """Tells glibc, for the whole process, to give large blocks back when they are freed.
+
+    By itself it learns from the first large blocks to keep them: reading 3.4 GB of weights left a
+    heap with 0.7 GB of holes. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def load_dtype(name: str, leaf: Any, dtype: Any) -> Any:
     """The dtype that :func:`load` gives one parameter."""
     return dtype if dtype is not None and _COMPUTE_ONLY.search(name) else leaf.dtype
 

@@ -207,7 +207,10 @@ def test_an_interrupted_run_keeps_what_was_done(truth, tmp_path, checkpoint, mon
         (["--gt", "valid", "--checkpoint", "x", "--predictions", "y"], "not allowed with"),
         (["--gt", "valid", "--predictions", "found.json", "--threshold", "7"], "from 0 to 1"),
         (["--gt", "valid", "--checkpoint", "x", "--images", "nowhere"], "nowhere: no such folder"),
-        (["--gt", "valid", "--checkpoint", "x", "--images", "."], "missing pictures, is --images"),
+        (
+            ["--gt", "valid", "--checkpoint", "x", "--images", "."],
+            "missing pictures",
+        ),
         (["--gt", "valid", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )

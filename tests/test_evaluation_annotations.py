@@ -222,7 +222,7 @@ def test_missing_pictures(tmp_path, coco):
     dataset = load_annotations([write(tmp_path / "a.json", coco)])
     (tmp_path / "7.jpg").write_bytes(b"")
     check_pictures(dataset, tmp_path, 0.5)
-    with pytest.raises(AnnotationError, match=r"1 of 2 .*\n.*is --images right\?: 1 \(8\.jpg\)"):
+    with pytest.raises(AnnotationError, match=r"1 of 2 .*\n.*folder right\?: 1 \(8\.jpg\)"):
         check_pictures(dataset, tmp_path)
 
 

@@ -83,6 +83,6 @@ def test_tiles_are_cut_when_their_turn_comes(tmp_path, monkeypatch):
     submit = Model.submit
     monkeypatch.setattr(Model, "submit", lambda *args: model.append(len(args[1])) or submit(*args))
     found, _ = run(tmp_path, tile=600)
-    assert sum(model) == 8 * (1 + 9)  # the whole and 3 x 3 tiles
-    assert made[-1] > 15  # the last of them when most batches had been through
+    assert sum(model) == 8 * (1 + 4)  # the whole and 2 x 2 tiles
+    assert made[-1] > 6  # of 10: the last of them when most batches had been through
     assert all(record["status"] == "ok" for record in found if record["index"] != 2)

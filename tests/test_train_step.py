@@ -16,7 +16,7 @@ from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import empty_geometry
 from sam3_jax.training import optimizer as optimizers
 from sam3_jax.training.batch import Clicks, TrainBatch, micro_batches
-from sam3_jax.training.clicks import ClickConfig, click_loss, correct
+from sam3_jax.training.clicks import ClickConfig
 from sam3_jax.training.lora import add_lora, merge
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.state import TrainState, export_params, init_state

@@ -1,4 +1,4 @@
-"""A training run of the toy model on three small pictures; also a file for ``train.py --config``."""
+"""A training run of the toy model on three small pictures; also a file for ``--config``."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def check_pictures(dataset: Dataset, images: Path, max_bad: float = MAX_BAD) -> 
     problems, names = Problems(), list(dict.fromkeys(r.file_name for r in dataset.records))
     for name in names:
         if image_path(images, name) is None:
-            problems.add("missing pictures, is --images right?", name)
+            problems.add("missing pictures, is their folder right?", name)
     problems.check(str(images), len(names), max_bad)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam3_jax.data.images import ImageError, load_image
 
@@ -48,6 +48,8 @@ def decode_as_annotated(
         with Image.open(io.BytesIO(data)) as stored:
             pixels = load_image(stored)
             upright = pixels if pixels.shape[:2] == size else load_image(_upright(stored))
+    except UnidentifiedImageError as error:  # its text names a buffer, not the file
+        raise ImageError(f"{name}: is not an image that can be read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: cannot be decoded ({error})") from error
     for candidate in (pixels, upright):

@@ -92,7 +92,7 @@ class Problems:
             details = "\n  ".join(self.lines())
             raise AnnotationError(
                 f"{source}: {bad} of {total} entries cannot be used, more than the "
-                f"{limit:.1%} allowed; mend the file, or allow more with --max-bad\n  {details}"
+                f"{limit:.1%} allowed; mend the file, or allow a larger share\n  {details}"
             )
 
 

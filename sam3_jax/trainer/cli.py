@@ -81,11 +81,15 @@ def run() -> int:
     if _DISTRIBUTED.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     # Only now what takes time to import, and after the processes have met.
+    from absl import logging
+
     from sam3_jax.checkpoint import CheckpointError
     from sam3_jax.data.records import AnnotationError
     from sam3_jax.trainer.loop import train
     from sam3_jax.trainer.start import RunError
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     config = _CONFIG.value
     try:
         finished = train(config)

@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Finished:
     config = _with_steps(config, len(open_split(folder, data.split)))
 
     # -- Model and state --------------------------------------------------------------------------
-    mesh = _mesh(config)
+    mesh = make_run_mesh(config)
     resolution = config.data.example.augment.resolution
     origin = initial(config.init, config.model, resolution, config.seed, mesh)
     config = dataclasses.replace(config, model=origin.model)
@@ -234,7 +234,7 @@ def place(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _mesh(config: TrainConfig) -> Mesh | None:
+def make_run_mesh(config: TrainConfig) -> Mesh | None:
     """All devices, or None for one."""
     sizes = config.mesh
     try:

@@ -228,7 +228,7 @@ def _whole(mesh: Mesh | None, dtype: jnp.dtype) -> Callable[[dict], dict]:
 
     def cast(params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.astype(checkpoint._load_dtype(path_of(path), leaf, wanted)),
+            lambda path, leaf: leaf.astype(checkpoint.load_dtype(path_of(path), leaf, wanted)),
             params,
         )
 
