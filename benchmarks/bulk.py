@@ -7,9 +7,10 @@ The pipeline decodes JPEGs, resizes, runs the model, reads back, resizes masks, 
 writes overlays and results; the model alone runs the same batches on inputs that are there already.
 Their ratio is the pipeline's efficiency; it says little where model and pipeline share a few cores.
 So the third figure is the pipeline with a model that takes no time (outputs that are there
-already): what it can sustain on this machine, and the CPU time a picture of all its threads. Random
-weights make ragged masks of half the picture, which is more work than real ones. The pictures are photographs of scikit-image at
-several sizes, weights are random; thresholds are set so that about ten instances a picture stay.
+already): what it can sustain on this machine, and the CPU time a picture of all its threads. The
+pictures are photographs of scikit-image at several sizes; thresholds are set so that about ten
+instances a picture stay. Weights are random, which makes ragged masks of half the picture: more
+work than real ones.
 
 Before that come two tables without any model: the post-processing of a 4K picture with 200 masks,
 seconds and the growth of the process's peak memory; and milliseconds of one core a picture by

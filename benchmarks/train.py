@@ -10,7 +10,7 @@ whose packages are missing is left out and named::
     python benchmarks/train.py --case v5e:1x16x1:16:2:full --no-matcher --quick
 
 Compiling the whole step for a TPU takes over 16 GB of this machine's memory and 15 minutes of a
-core, quick or not; for a GPU 5 GB.
+core, quick or not; for a GPU 10 GB and 6 minutes.
 
 A case is DEVICE:DATAxFSDPxTENSOR:IMAGES:PROMPTS:MASKS: images over all chips, prompts an image, and
 masks compared at "full" size (the release) or at 12544 "points". FLOPs are XLA's estimate; they do
@@ -53,6 +53,8 @@ from sam3_jax.training.targets import LossConfig, Targets
 # Besides: products that wait for their whole operand, instead of a loop over the parts that other
 # chips hold, which XLA unrolls. It saves a tenth of the time to compile and a fifth of its memory.
 QUICK_TPU = QUICK | {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
+# No product by Triton: without a GPU to time them on, XLA takes tiles that fail for a few.
+GPU = {"xla_gpu_enable_triton_gemm": False}
 AXES = {"v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of a TPU's grid of chips
 CHIP_GB = {**MEMORY_GB, "v5p": 95}
 POINTS = 12544
@@ -206,7 +208,10 @@ def compile_step(
     batch = batch_shapes(config, case, mesh, mask_side)
     with jax.set_mesh(mesh):
         lowered = run.lower(state, batch)
-    options = (QUICK if case.device == H100 else QUICK_TPU) if quick else None
+    if case.device == H100:
+        options = GPU | (QUICK if quick else {})
+    else:
+        options = QUICK_TPU if quick else None
     return lowered.compile(compiler_options=options)
 
 

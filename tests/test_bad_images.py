@@ -167,7 +167,7 @@ def test_a_small_file_that_claims_400_million_pixels(tmp_path):
     finally:
         tracemalloc.stop()
     assert "400000000 pixels" in message
-    assert "MAX_IMAGE_PIXELS" in message
+    assert "--max-megapixels" in message
 
 
 def test_a_text_that_unpacks_to_gigabytes(tmp_path):

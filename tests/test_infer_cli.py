@@ -103,6 +103,18 @@ def test_a_broken_picture_does_not_end_the_run(run, photos, tmp_path, capsys):
     assert "2 failed" in captured.err
 
 
+def test_how_large_pictures_may_be(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)  # put back later
+    big = tmp_path / "big.png"
+    PIL.Image.new("1", (1100, 1000)).save(big)
+    files_ = ("--input", big, photos / "a" / "photo.jpg", "--prompt", "x")
+    assert run(*files_, "--max-megapixels", "1") == 1
+    data = results(tmp_path)
+    assert [image["status"] for image in data["images"]] == ["error", "ok"]
+    assert "allow more with --max-megapixels" in data["images"][0]["error"]
+    assert run(*files_, "--max-megapixels", "0", "--overwrite") == 0
+
+
 def test_boxes_alone_search_for_what_they_show(run, photos, tmp_path, predictor):
     a = photos / "a" / "photo.jpg"
     assert run("--input", a, *BOX_ARGUMENTS, "--threshold", "0") == 0

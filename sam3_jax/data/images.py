@@ -130,7 +130,8 @@ def _named_errors(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not an image, or of a format Pillow cannot read") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: {error}; set PIL.Image.MAX_IMAGE_PIXELS higher if you trust the file"
+            f"{name}: {str(error).rstrip('.')}; if you trust the file, allow more with "
+            "--max-megapixels (in Python: PIL.Image.MAX_IMAGE_PIXELS, half as many)"
         ) from error
     except MemoryError as error:
         raise ImageError(f"{name}: too large for this machine's memory; shrink it") from error

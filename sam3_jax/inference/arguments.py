@@ -259,6 +259,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "the whole (default 0: never)",
     )
     add(
+        "--max-megapixels",
+        default=179,
+        metavar="N",
+        type=parse_count,
+        help="refuse larger pictures, which may be made to fill the memory (default 179; 0: none)",
+    )
+    add(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float32"),

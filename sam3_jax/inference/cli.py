@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
+
 from sam3_jax.inference.arguments import build_parser, parse_threshold
 from sam3_jax.inference.files import UsageError, expand_inputs
 from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, read_jobs
@@ -147,6 +149,7 @@ def _run(args: argparse.Namespace) -> int:
 
     # Warnings of Pillow are about what it then reads, or refuses with an error that we report.
     warnings.filterwarnings("ignore", module=r"PIL\b")
+    PIL.Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000 or None  # refused from twice that on
     # Only now what takes seconds to import: --help and mistakes answer at once.
     from sam3_jax.checkpoint import CheckpointError
     from sam3_jax.inference import bulk
