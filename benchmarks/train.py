@@ -9,8 +9,8 @@ whose packages are missing is left out and named::
     python benchmarks/train.py --json benchmarks/results/train.json
     python benchmarks/train.py --case v5e:1x16x1:16:2:full --no-matcher --quick
 
-Compiling the whole step for a TPU takes over 16 GB of this machine's memory and 15 minutes of a
-core, quick or not; for a GPU 10 GB and 6 minutes.
+Compiling the whole step takes memory of this machine: 10 GB and 10 minutes of a core for a GPU;
+more than 15 GB for a TPU, quick or not.
 
 A case is DEVICE:DATAxFSDPxTENSOR:IMAGES:PROMPTS:MASKS: images over all chips, prompts an image, and
 masks compared at "full" size (the release) or at 12544 "points". FLOPs are XLA's estimate; they do

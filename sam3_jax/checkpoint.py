@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sam3_jax import config as config_lib
@@ -149,7 +150,8 @@ def save(
 ) -> None:
     """Writes a checkpoint, all of it or nothing.
 
-    Needs little memory beside the arrays themselves, which may be views of mapped files.
+    Needs little memory beside the arrays themselves, which may be views of mapped files. Where jax
+    runs in several processes all of them must call this, with the same arrays and a shared folder.
 
     Args:
       path: folder to make.
@@ -178,11 +180,32 @@ def save(
         "metadata": metadata or {},
     }
     replace = overwrite and is_checkpoint(target)
-    with staging_folder(target, need, replace=replace) as folder:
+
+    def write(folder: Path) -> None:
+        _meet()
         _write_arrays(folder / "params", leaves, cast, progress)
         if kept:
             _write_arrays(folder / "unused", kept, None, progress)
+        _meet()
+
+    if jax.process_index():  # the first process makes the folder and puts it in its place
+        write(_staging_name(target))
+        return
+    with staging_folder(target, need, replace=replace) as folder:
+        write(folder)
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _meet() -> None:
+    """Waits for all processes: Orbax wants them to write together."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("sam3_jax checkpoint")
+
+
+def _staging_name(target: Path) -> Path:
+    """Where a checkpoint is written first; processes that write together agree on it."""
+    mark = os.getpid() if jax.process_count() == 1 else "shared"
+    return target.with_name(f".{target.name}.{mark}.partial")
 
 
 @contextlib.contextmanager
@@ -213,7 +236,7 @@ def staging_folder(
             f"{target}: needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk; "
             "free some space or choose an output on another disk"
         )
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    folder = _staging_name(target)
     try:
         folder.mkdir()
         yield folder

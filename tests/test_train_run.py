@@ -42,6 +42,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
         sys.executable,
         str(ROOT / "train.py"),
         f"--config={CONFIG}",
+        f"--config.init.checkpoint={data.parents[1] / 'start'}",
         f"--config.train.annotations={data}",
         f"--config.output={output}",
         *more,
@@ -67,7 +68,9 @@ def losses(output: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return tiny_run.write_data(tmp_path_factory.mktemp("data") / "pictures")
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_checkpoint(folder / "start")
+    return tiny_run.write_data(folder / "pictures")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,9 @@ def whole(data, cache, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     said = train(data, output, cache, f"--config.valid.annotations={data}")
     assert "trained 4 steps" in said
+    first, *others = [line for line in read_log(output / "log.jsonl") if line["kind"] == "train"]
+    assert first["compile_s"] > 0
+    assert not any(line.get("compile_s") for line in others)  # one program for all steps
     return output
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import data_sets
 import tiny_predictor
+from sam3_jax import checkpoint
 from sam3_jax.data.augment import plain
 from sam3_jax.trainer.config import TrainConfig
 
@@ -21,6 +22,7 @@ def get_config() -> TrainConfig:
     config.step.matcher = "device"  # the compilation cache keeps no host callbacks
     config.optimizer.schedule.kind = "cosine"
     config.optimizer.schedule.warmup = 0
+    config.optimizer.rate_scale = 0.01
     config.optimizer.freeze = ("^text/",)
     config.data.example.augment = plain(112)
     config.data.example.augment.flip = 0.5
@@ -35,6 +37,12 @@ def get_config() -> TrainConfig:
     config.log.every = 1
     config.log.tensorboard = False
     return config
+
+
+def write_checkpoint(path: Path) -> Path:
+    """The toy model's weights: making random ones in the run would compile for half a minute."""
+    checkpoint.save(path, tiny_predictor.params(), tiny_predictor.config())
+    return path
 
 
 def write_data(folder: Path) -> Path:

@@ -89,7 +89,7 @@ def run() -> int:
     from sam3_jax.trainer.start import RunError
 
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+        logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell of every file
     config = _CONFIG.value
     try:
         finished = train(config)

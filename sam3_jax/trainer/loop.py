@@ -335,14 +335,14 @@ def _export(run: _Run, state: TrainState) -> None:
 def _save_model(run: _Run, state: TrainState, name: str, step: int) -> None:
     with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext():
         params = jax.tree.map(_on_host, _params(run, state))
-    if jax.process_index() == 0:
-        origin, folder = run.origin, run.output / name
-        metadata = {**origin.metadata, "step": step, "run": str(run.output.absolute())}
-        checkpoint.save(
-            folder, params, origin.model, unused=origin.unused, metadata=metadata, overwrite=True
-        )
-        print(f"{name}: {folder} (step {step})", file=sys.stderr)
+    origin, folder = run.origin, run.output / name
+    metadata = {**origin.metadata, "step": step, "run": str(run.output.absolute())}
+    checkpoint.save(
+        folder, params, origin.model, unused=origin.unused, metadata=metadata, overwrite=True
+    )
     barrier(name)
+    if jax.process_index() == 0:
+        print(f"{name}: {folder} (step {step})", file=sys.stderr)
 
 
 def _on_host(leaf: jax.Array) -> np.ndarray:

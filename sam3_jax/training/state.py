@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from sam3_jax.sharding import param_shardings
+from sam3_jax.sharding import on_one_device, param_shardings
 from sam3_jax.training import lora as lora_lib
 from sam3_jax.training.optimizer import Optimizer, join, split
 
@@ -51,11 +52,10 @@ def init_state(
       ValueError: where nothing trains, or a parameter is not in exactly one group.
     """
 
-    def place(tree: dict) -> dict:
-        return jax.device_put(tree, param_shardings(tree, mesh) if mesh else None)
-
-    params = place(params)
-    lora = None if lora is None else place(lora)
+    # Every leaf has a definite place, as the step's results will have: or it compiles twice.
+    place = functools.partial(param_shardings, mesh=mesh) if mesh else on_one_device
+    params = jax.device_put(params, place(params))
+    lora = None if lora is None else jax.device_put(lora, place(lora))
 
     def rest(train: dict) -> tuple:
         zero = jnp.int32(0)
@@ -65,7 +65,7 @@ def init_state(
     train = lora if lora is not None else split(params, optimizer.frozen)[0]
     if not jax.tree.leaves(train):
         raise ValueError(f"all parameters are frozen by {', '.join(optimizer.frozen)}")
-    places = param_shardings(jax.eval_shape(rest, train), mesh) if mesh else None
+    places = place(jax.eval_shape(rest, train))
     opt_state, ema, (step, skipped, in_a_row) = jax.jit(rest, out_shardings=places)(train)
     return TrainState(step, params, lora, opt_state, ema, skipped, in_a_row)
 
