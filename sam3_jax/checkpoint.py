@@ -333,6 +333,7 @@ def load(
     Raises:
       CheckpointError: when there is no usable checkpoint, or it lacks one of ``parts``.
     """
+    _return_memory_early()
     folder = Path(path).absolute()
     description = _read_description(folder)
     config = _read_model(folder, description)
@@ -366,7 +367,7 @@ def load(
     return Loaded(params, config, metadata)
 
 
-def return_memory_early() -> None:
+def _return_memory_early() -> None:
     """Tells glibc, for the whole process, to give large blocks back when they are freed.
 
     By itself it learns from the first large blocks to keep them: reading 3.4 GB of weights left a

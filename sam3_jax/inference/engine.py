@@ -106,7 +106,6 @@ class Engine:
         """See :meth:`sam3_jax.ImagePredictor.from_pretrained`."""
         compute = compute_dtype(dtype)
         compile_cache.enable()
-        checkpoint.return_memory_early()
         loaded = checkpoint.load(
             path,
             # The backbones' matrices in the dtype that they are multiplied in: half the memory.
