@@ -132,9 +132,10 @@ def constrain_batch(batch: PyTree) -> PyTree:
     )
 
 
-def on_one_device(params: dict) -> dict:
-    """Shardings that put a parameter tree (arrays or shapes) whole onto the default device."""
-    place = jax.device_put(0).sharding
+def on_one_device(params: PyTree) -> PyTree:
+    """Shardings that put a tree of parameters or state whole onto the default device."""
+    with jax.ensure_compile_time_eval():  # callers may be traced, for shapes alone
+        place = jax.device_put(0).sharding
     return jax.tree.map(lambda _: place, params)
 
 
