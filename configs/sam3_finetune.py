@@ -16,7 +16,8 @@ Variants, as in ``--config=configs/sam3_finetune.py:lora``:
     boxes   without mask losses, as the released file: quicker, and for annotations without masks
     lora    masks, with everything frozen but LoRA of rank 16 on all attention layers
 
-Hardware: one GPU or TPU chip upwards; memory for each variant is in docs/training.md.
+Hardware: one GPU of 80 GB or more; what was measured of memory is in docs/training.md. It needs one
+image on every device: with eight, ``--config.batch_size=8``.
 """
 
 from __future__ import annotations
