@@ -10,8 +10,9 @@ The paper's stage 3 rates on batches that GPUs hold: for data that are larger or
 released model's than a fine-tuning set. Cosine schedule, phrases and exemplar boxes, masks on 12544
 points, and the interactive head besides.
 
-Hardware: 1 to 8 GPUs of 80 GB, four images each (docs/training.md says what was measured). For several
-give the batch, ``--config.batch_size=32``; ``--config.mesh.fsdp=8`` splits parameters and moments.
+Hardware: 1 to 8 GPUs of 80 GB, four images each (docs/training.md says what was measured). For
+several give the batch, ``--config.batch_size=32``; ``--config.mesh.fsdp=8`` splits parameters and
+moments.
 """
 
 from __future__ import annotations

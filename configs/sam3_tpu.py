@@ -11,8 +11,8 @@
 Start the same command on every host. ``stage2`` is also what a run from random values takes: leave
 ``init`` out.
 
-Hardware: written for a v5e-256 (16 x 16 chips of 16 GB). It has not been run on one yet; what is known
-of memory is in docs/training.md.
+Hardware: written for a v5e-256 (16 x 16 chips of 16 GB). It has not been run on one yet; what is
+known of memory is in docs/training.md.
 
 From the paper: stage 2 has 95k steps of batch 896, rates 5e-4 (vision, layer decay .9), 1e-4 (text)
 and 1e-3, reciprocal square root with 5k steps each of warm-up and cool-down; L1 5, GIoU 2, class
