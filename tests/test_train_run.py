@@ -238,3 +238,19 @@ def test_the_configurations_in_the_repository():
         if variants[0]:
             with pytest.raises(ValueError, match="no .* 'x'"):
                 get_config("x")
+
+
+def test_configurations_are_found_where_the_package_is_installed(tmp_path, monkeypatch):
+    from sam3_jax.trainer import cli
+
+    package = tmp_path / "sam3_jax"
+    (package / "configs").mkdir(parents=True)
+    (package / "configs" / "sam3_gpu.py").touch()
+    monkeypatch.setattr(cli, "__file__", str(package / "trainer" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    found = cli.find_config("--config=configs/sam3_gpu.py:big")
+    assert found == f"--config={package / 'configs' / 'sam3_gpu.py'}:big"
+    for same in ("--config=configs/other.py", "--config.output=configs/sam3_gpu.py", "--verbose"):
+        assert cli.find_config(same) == same
+    (tmp_path / "mine.py").touch()
+    assert cli.find_config("--config=mine.py:x") == "--config=mine.py:x"

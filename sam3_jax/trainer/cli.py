@@ -40,7 +40,7 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0)
-    argv = [_find_config(argument) for argument in sys.argv]
+    argv = [find_config(argument) for argument in sys.argv]
     for argument in argv[1:]:
         problem = _bad_name(argument)
         if problem:
@@ -49,13 +49,14 @@ def main() -> None:
     app.run(_main, argv)
 
 
-def _find_config(argument: str) -> str:
+def find_config(argument: str) -> str:
     """Configurations are also found where the package is installed."""
     name, _, value = argument.partition("=")
-    if name.lstrip("-") != "config" or not value or Path(value.split(":")[0]).exists():
+    file, colon, variant = value.partition(":")
+    if name.lstrip("-") != "config" or not file or Path(file).exists():
         return argument
-    installed = Path(__file__).parents[1] / "configs" / Path(value).name
-    return f"{name}={installed}" if installed.exists() else argument
+    installed = Path(__file__).parents[1] / "configs" / Path(file).name
+    return f"{name}={installed}{colon}{variant}" if installed.exists() else argument
 
 
 def _bad_name(argument: str) -> str | None:
