@@ -44,5 +44,6 @@ def get_config(variant: str = "masks") -> TrainConfig:
     config.data.example.mask_size = 288 if masks else 0
     if variant == "lora":
         config.lora.rank = 16
+    config.checkpoint.every = config.validation.every = 200
     config.checkpoint.best = "segm/cgF1" if masks else "bbox/cgF1"
     return config
