@@ -10,8 +10,8 @@
 ones with dots: --config.optimizer.rate_scale=0.05. Names and types are checked.
 
 The same command again goes on where the run stopped. The output folder holds config.json, log.jsonl
-and TensorBoard events, states/ (to resume), validation/, and at the end model/ (best_model/ too, where an
-earlier state had better figures), for infer.py and evaluate.py --checkpoint.
+and TensorBoard events, states/ (to resume), validation/, and at the end model/ (best_model/ too,
+where an earlier state had better figures), for infer.py and evaluate.py --checkpoint.
 
 Several hosts: start the same command on each of them with --distributed (TPU pods and Slurm find
 each other; elsewhere give --coordinator, --num_processes and --process_id).
