@@ -79,6 +79,7 @@ class JaxSide:
         import jax.numpy as jnp
 
         from sam3_jax import checkpoint
+        from sam3_jax.inference.programs import compiler_options
         from sam3_jax.models.detector import Sam3, empty_geometry
         from sam3_jax.sharding import on_one_device
         from sam3_jax.tokenizer import default_tokenizer
@@ -109,7 +110,9 @@ class JaxSide:
             )
             return out.pred_masks, out.pred_boxes, out.pred_logits, out.presence_logits
 
-        self.image, self.ground = jax.jit(image), jax.jit(ground)
+        options = compiler_options()
+        self.image = jax.jit(image, compiler_options=options)
+        self.ground = jax.jit(ground, compiler_options=options)
 
     def compile(self, batch: int) -> float:
         """Seconds that compiling (or reading the cache) takes."""

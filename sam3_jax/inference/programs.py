@@ -73,6 +73,17 @@ def compute_dtype(name: Any) -> jnp.dtype:
     return dtype
 
 
+def compiler_options() -> dict[str, str] | None:
+    """XLA's options for the platform in use.
+
+    On CPUs its scheduler keeps what could run at the same time in memory at the same time: three
+    times the temporaries of the vision trunk, and not a second gained (measured on two cores).
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
 def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
     """Jits the entry points of ``model``, to run on ``mesh``, with float32 outputs."""
 
@@ -124,7 +135,7 @@ def compile_programs(model: Sam3, mesh: Mesh | None) -> Programs:
         return results
 
     def compiled(function: Callable) -> Callable:
-        jitted = jax.jit(function)
+        jitted = jax.jit(function, compiler_options=compiler_options())
 
         def run(*args: Any) -> Any:
             with jax.set_mesh(mesh):
