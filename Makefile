@@ -12,6 +12,10 @@ JOBS ?= 2
 # The one quick test of the released size: alone, and compiled with all optimisations.
 FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
 
+# Slow tests that fill a process with gigabytes, which the others need for processes of their own.
+LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_full.py \
+	parity_memory.py)
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 
@@ -29,7 +33,8 @@ test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
 	$(BIN)/python -m pytest $(FULL_SIZE)
 
 test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(LARGE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(addprefix --ignore=,$(LARGE)) $(PYTEST_ARGS)
 
 lint: .venv/test.stamp  ## check style: ruff's rules and format
 	$(BIN)/ruff check .
