@@ -116,7 +116,7 @@ def pipeline(engine: Any, paths: list[Path], output: Path, batch: int, workers: 
     """Pictures a second of the whole, after one batch to warm up."""
     from sam3_jax.inference import bulk
     from sam3_jax.inference.jobs import make_job
-    from sam3_jax.inference.pipeline import Settings
+    from sam3_jax.inference.work import Settings
 
     settings = Settings(threshold=threshold_of(engine, paths[0]), batch_size=batch, workers=workers)
     jobs = [make_job(path, phrases=["cat"]) for path in paths]

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.inference import engine, image, postprocess
-from sam3_jax.inference.image import ClickResult, ImagePredictor
+from sam3_jax.inference import engine, postprocess
+from sam3_jax.inference.image import ImagePredictor
+from sam3_jax.inference.postprocess import ClickResult
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt
 from sam3_jax.models.detector import Sam3
@@ -75,7 +76,7 @@ class HfPredictor(ImagePredictor):
             yield count, out._replace(presence_logits=presence)
 
     def predict_points(self, *args: Any, **kwargs: Any) -> ClickResult:
-        with mock.patch.object(image, "LOW_RES_CLAMP", np.inf):
+        with mock.patch.object(postprocess, "LOW_RES_CLAMP", np.inf):
             return super().predict_points(*args, **kwargs)
 
     def predict_raw_batch(self, prompts: Sequence[Prompt]) -> list[RawOutput]:

@@ -11,15 +11,10 @@ import skimage.measure
 from pycocotools import mask as coco_mask
 
 from sam3_jax.data.images import ImageError
-from sam3_jax.inference.automask import (
-    AutomaticMaskGenerator,
-    crop_boxes,
-    near_crop_edge,
-    point_grid,
-    remove_small_regions,
-    stability_scores,
-)
+from sam3_jax.inference.automask import AutomaticMaskGenerator, stability_scores
+from sam3_jax.inference.crops import crop_boxes, near_crop_edge, point_grid
 from sam3_jax.inference.postprocess import upscale_masks
+from sam3_jax.inference.small_regions import remove_small_regions
 
 SIDE = 96  # of the fake predictor's masks
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from sam3_jax import checkpoint, config
-from sam3_jax.checkpoint import CheckpointError, flatten, load, save, unflatten
+from sam3_jax.checkpoint import CheckpointError, load, save, saving, sizes
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.models.detector import init_shapes
 from sam3_jax.sharding import make_mesh, param_shardings
 
@@ -57,7 +58,7 @@ def assert_trees_equal(actual: dict, expected: dict) -> None:
 
 
 def test_what_is_saved_is_loaded(params: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 2**20)  # several groups, as at full size
+    monkeypatch.setattr(saving, "GROUP_BYTES", 2**20)  # several groups, as at full size
     unused = {
         "detector.trunk.pos_embed[:, :1]": np.arange(3, dtype=np.int64),
         "blocks.0.attn.freqs_cis": np.exp(1j * np.arange(6)).astype(np.complex64).reshape(2, 3),
@@ -168,14 +169,14 @@ def test_a_config_that_does_not_fit(saved: Path, change: Callable, message: str)
 def test_every_size_of_the_configuration_is_compared(params: dict):
     """The table of sizes names parameters that exist, with the sizes of the tiny model."""
     shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
-    checkpoint._check_sizes(Path("here"), config.tiny(), shapes)
-    for field, _, _ in checkpoint._SIZES:
+    sizes.check_sizes(Path("here"), config.tiny(), shapes)
+    for field, _, _ in sizes.SIZES:
         changed = config.tiny()
         *owners, last = field.split(".")
         owner = functools.reduce(getattr, owners, changed)
         setattr(owner, last, getattr(owner, last) + 1)
         with pytest.raises(CheckpointError, match=f"{field} is "):
-            checkpoint._check_sizes(Path("here"), changed, shapes)
+            sizes.check_sizes(Path("here"), changed, shapes)
 
 
 def test_wrong_folders(saved: Path, tmp_path: Path):

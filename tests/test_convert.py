@@ -21,15 +21,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import oracle
-from sam3_jax import checkpoint, config
-from sam3_jax.checkpoint import CheckpointError, flatten, load, load_unused
+from sam3_jax import config
+from sam3_jax.checkpoint import CheckpointError, load, load_unused
+from sam3_jax.checkpoint.parts import in_parts
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.convert import cli, hf_names
 from sam3_jax.convert.convert import convert
 from sam3_jax.convert.errors import ConversionError
 from sam3_jax.convert.export import to_torch_names
 from sam3_jax.convert.layout import hf_layout, release_layout
+from sam3_jax.convert.rows import source_shape
 from sam3_jax.convert.source import open_source
-from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, build_table, source_shape, unused_names
+from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, build_table, unused_names
 from sam3_jax.models.detector import Sam3, empty_click, init_shapes
 
 # transformers fixes 64 channels of memory, and our encoder projects to them only from more.
@@ -80,7 +83,7 @@ def release() -> dict[str, torch.Tensor]:
         if name.endswith("freqs_cis"):
             unused[name] = np.exp(1j * rng.standard_normal((16, 8))).astype(np.complex64)
     unused[CLASS_ROW] = rng.standard_normal((1, 1, 48), np.float32)
-    named = to_torch_names(checkpoint.unflatten(params), unused, config.tiny())
+    named = to_torch_names(unflatten(params), unused, config.tiny())
     return {name: torch.from_numpy(np.array(array)) for name, array in named.items()}
 
 
@@ -139,9 +142,7 @@ def test_every_tensor_of_transformers_has_its_place(name: str):
     assert parts == HELD[name]
     made = {t.partition("[")[0] for row in layout.rows for t in row.targets}
     whole = {t.partition("[")[0] for row in build_table(config.sam3()) for t in row.targets}
-    assert whole - made == {
-        path for path in whole if path in POINTS or not checkpoint.in_parts(path, parts)
-    }
+    assert whole - made == {path for path in whole if path in POINTS or not in_parts(path, parts)}
 
 
 def test_the_release(release: dict, convert_release: Callable, tmp_path: Path):
@@ -292,13 +293,11 @@ def test_one_part(
     loaded = load(tmp_path / "ckpt")
     paths = set(flatten(loaded.params))
     shapes = flatten(_shapes(config.tiny()))
-    assert paths == {path for path in shapes if checkpoint.in_parts(path, parts)}
+    assert paths == {path for path in shapes if in_parts(path, parts)}
     assert own in loaded.params
     assert "trunk" in loaded.params["vision"]
     kept = len(load_unused(tmp_path / "ckpt")) - 1  # the class row is a piece of a tensor
-    in_use = [
-        row for row in build_table(config.tiny()) if checkpoint.in_parts(row.targets[0], parts)
-    ]
+    in_use = [row for row in build_table(config.tiny()) if in_parts(row.targets[0], parts)]
     assert report.left_out == len(release) - kept - len(in_use)
 
 
@@ -641,14 +640,14 @@ def test_a_killed_command_leaves_nothing(release: dict, tmp_path: Path):
     torch.save(release, tmp_path / "sam3.pt")
     code = """
 import os, signal, sys
-from sam3_jax import checkpoint
-checkpoint.GROUP_BYTES = 2**16
-write = checkpoint.ocp.partial.save
+from sam3_jax.checkpoint import saving
+saving.GROUP_BYTES = 2**16
+write = saving.ocp.partial.save
 def killed(folder, tree):
     write(folder, tree)
     print(sorted(os.listdir(".")))
     os.kill(os.getpid(), signal.SIGTERM)
-checkpoint.ocp.partial.save = killed
+saving.ocp.partial.save = killed
 from sam3_jax.convert.cli import main
 sys.exit(main(sys.argv[1:]))
 """

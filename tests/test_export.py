@@ -14,7 +14,8 @@ import transformers
 
 import oracle
 from sam3_jax import checkpoint, config
-from sam3_jax.checkpoint import CheckpointError, flatten, load, load_unused, unflatten
+from sam3_jax.checkpoint import CheckpointError, load, load_unused
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.convert import cli
 from sam3_jax.convert.convert import convert
 from sam3_jax.convert.errors import ConversionError

@@ -18,6 +18,7 @@ import pytest
 
 import tiny_predictor
 from sam3_jax import checkpoint
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.inference import export_programs
 from sam3_jax.inference.export import export_checkpoint, export_model
 from sam3_jax.inference.exported import (
@@ -192,10 +193,10 @@ def test_description(folder):
     assert ground["main_arguments"][:2] == ["platform index", ground["parameters"][0]]
     assert len(ground["main_arguments"]) == 1 + len(ground["parameters"]) + len(ground["inputs"])
     used = {path for spec in description["programs"].values() for path in spec["parameters"]}
-    held = set(checkpoint.flatten(tiny_predictor.params()))
+    held = set(flatten(tiny_predictor.params()))
     assert used < held
     assert not any(path.startswith("tracker/memory") for path in used)
-    size = sum(leaf.nbytes for path, leaf in checkpoint.flatten(tiny_predictor.params()).items()
+    size = sum(leaf.nbytes for path, leaf in flatten(tiny_predictor.params()).items()
                if path in used)  # fmt: skip
     assert size <= (folder / "params.safetensors").stat().st_size <= size + 100_000
 
@@ -240,7 +241,7 @@ def test_fixed_batch_of_a_tracker(tmp_path):
 def test_portable_attention_calls_no_kernel(monkeypatch, portable):
     monkeypatch.setattr(attention, "FLASH_SCORES", 0)  # the toy's attention is worth a kernel
     network = Sam3(tiny_predictor.config(), jnp.dtype(jnp.bfloat16))
-    params = checkpoint.flatten({"text": tiny_predictor.params()["text"]})
+    params = flatten({"text": tiny_predictor.params()["text"]})
     entry = export_programs.encode_text(network)
     program = export_programs.trace("encode_text", entry, params, ["tpu"], 1, portable)
     assert ("tpu_custom_call" in program.mlir_module()) == (not portable)
@@ -368,7 +369,7 @@ def test_damaged_folders_are_named(folder, tmp_path, damage, message):
 def test_parameters_of_the_caller(folder):
     params = tiny_predictor.params()
     model = load_exported(folder, params=params)
-    flat = checkpoint.flatten(params)
+    flat = flatten(params)
     for name, leaf in model.params.items():
         np.testing.assert_array_equal(leaf, flat[name], err_msg=name)
     with pytest.raises(ExportError, match="parameter tracker/.* is absent, encode_image needs"):

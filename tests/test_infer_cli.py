@@ -140,19 +140,19 @@ def test_an_interrupted_run_keeps_what_was_done_and_goes_on(
     run, photos, tmp_path, monkeypatch, capsys
 ):
     a, b = photos / "a" / "photo.jpg", photos / "b" / "photo.jpg"
-    finish = pipeline._finish_ahead
+    finish = pipeline.finish_ahead
 
     def stop_after_one(*args):
         yield next(finish(*args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_finish_ahead", stop_after_one)
+    monkeypatch.setattr(pipeline, "finish_ahead", stop_after_one)
     assert run("--input", a, b, "--prompt", "cat") == 130
     assert [image["file_name"] for image in results(tmp_path)["images"]] == [a.as_posix()]
     assert "interrupted" in capsys.readouterr().err
     (tmp_path / "out" / "a_photo_overlay.png").unlink()
 
-    monkeypatch.setattr(pipeline, "_finish_ahead", finish)
+    monkeypatch.setattr(pipeline, "finish_ahead", finish)
     assert run("--input", a, b, "--prompt", "cat") == 0
     names = [image["file_name"] for image in results(tmp_path)["images"]]
     assert names == [a.as_posix(), b.as_posix()]

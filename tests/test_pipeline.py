@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_jax.inference import pipeline
-from sam3_jax.inference.engine import Engine, Kept
+from sam3_jax.inference import detecting, pipeline, reading
+from sam3_jax.inference.engine import Engine
+from sam3_jax.inference.instances import Kept
 from sam3_jax.inference.jobs import make_job
+from sam3_jax.inference.work import Settings, Work
 
 NOTHING = Kept(*(np.zeros(shape, np.float32) for shape in ((0,), (0, 4), (0, 28, 28))))
 
@@ -44,8 +46,8 @@ def run(tmp_path: Path, **settings: object) -> tuple[list[dict], Model]:
         Image.new("RGB", (1000, 1000)).save(path)
         if i == 2:
             path.write_bytes(b"")
-        work.append(pipeline.Work(i, make_job(path, phrases=["cat"]), path.stem))
-    chosen = pipeline.Settings(batch_size=4, workers=2, **settings)
+        work.append(Work(i, make_job(path, phrases=["cat"]), path.stem))
+    chosen = Settings(batch_size=4, workers=2, **settings)
     return list(pipeline.process(model, work, tmp_path, chosen)), model
 
 
@@ -59,7 +61,7 @@ def test_pictures_come_in_order_in_full_batches(tmp_path):
 @pytest.mark.parametrize(("room", "largest"), [(10e6, 3), (1, 1)])
 def test_decoded_pictures_are_bounded_in_bytes(tmp_path, monkeypatch, room, largest):
     """Three pictures fit, then one: batches start before they are full, and all get done."""
-    monkeypatch.setattr(pipeline, "_bytes_for_pictures", lambda: room)
+    monkeypatch.setattr(reading, "_bytes_for_pictures", lambda: room)
     found, model = run(tmp_path)
     assert [record["index"] for record in found] == list(range(9))
     assert sum(model.batches) == 8
@@ -68,17 +70,18 @@ def test_decoded_pictures_are_bounded_in_bytes(tmp_path, monkeypatch, room, larg
 
 def test_without_an_overlay_pictures_are_let_go_of(tmp_path, monkeypatch):
     """They then do not count, once the model's input is made of them."""
-    monkeypatch.setattr(pipeline, "_bytes_for_pictures", lambda: 4e6)
+    monkeypatch.setattr(reading, "_bytes_for_pictures", lambda: 4e6)
     _, model = run(tmp_path, overlay=False)
     assert model.batches == [4, 4]
 
 
 def test_tiles_are_cut_when_their_turn_comes(tmp_path, monkeypatch):
     made = []
-    whole = pipeline._model_input
-    monkeypatch.setattr(
-        pipeline, "_model_input", lambda *args: made.append(len(model)) or whole(*args)
-    )
+    resized = reading.model_input
+    for module in (reading, detecting):
+        monkeypatch.setattr(
+            module, "model_input", lambda *args: made.append(len(model)) or resized(*args)
+        )
     model: list[int] = []
     submit = Model.submit
     monkeypatch.setattr(Model, "submit", lambda *args: model.append(len(args[1])) or submit(*args))

@@ -24,10 +24,11 @@ import tiny_predictor
 from sam3_jax import ImagePredictor, Prompt, checkpoint
 from sam3_jax.data.images import ImageError, normalize, resize_image, to_model_input
 from sam3_jax.inference import compile_cache, programs, prompts
-from sam3_jax.inference.engine import UntrainedWarning
+from sam3_jax.inference.instances import keep_instances
 from sam3_jax.inference.options import Options
 from sam3_jax.inference.programs import RawOutput, compute_dtype
 from sam3_jax.inference.prompts import PromptError
+from sam3_jax.inference.variants import UntrainedWarning
 from sam3_jax.models.detector import Sam3, empty_click, empty_geometry
 from sam3_jax.models.sam_heads import select_masks
 from sam3_jax.sharding import make_mesh
@@ -361,10 +362,10 @@ def test_masks_come_whether_they_were_expected_or_not(predictor, image, expected
     pixels = resize_image(image, (side, side))[None]
     rounds = engine.submit(pixels, [[Prompt("cup")]], [image.shape[:2]], 1)
     assert rounds[0].masks.shape[1] == min(expected, 12)
-    (scores,) = [instances.scores for instances in engine.keep(rounds[0].out, [0.0])]
+    (scores,) = [instances.scores for instances in keep_instances(rounds[0].out, [0.0])]
     for threshold in (0.0, float(scores[2]), 1.0):
         ((found,),) = engine.collect(rounds, [[threshold]])
-        (alone,) = engine.keep(rounds[0].out, [threshold])
+        (alone,) = keep_instances(rounds[0].out, [threshold])
         for a, b in zip(found[:3], alone[:3], strict=True):
             np.testing.assert_array_equal(a, b)
     assert engine._likely == 1  # what the latest batch had

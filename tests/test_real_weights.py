@@ -56,8 +56,8 @@ from sam3_jax import checkpoint
 from sam3_jax.convert.convert import convert
 from sam3_jax.convert.source import open_source
 from sam3_jax.data.images import to_model_input
-from sam3_jax.inference.image import ClickResult, ImagePredictor
-from sam3_jax.inference.postprocess import Detections
+from sam3_jax.inference.image import ImagePredictor
+from sam3_jax.inference.postprocess import ClickResult, Detections
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt
 from sam3_jax.models.sam_heads import select_masks

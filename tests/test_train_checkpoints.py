@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from sam3_jax.checkpoint import CheckpointError
 from sam3_jax.sharding import make_mesh, on_one_device, param_shardings
-from sam3_jax.trainer.checkpoints import FIGURES, UNFINISHED, RunCheckpoints
+from sam3_jax.trainer.checkpoints import FIGURES, RunCheckpoints
 from sam3_jax.trainer.config import CheckpointConfig
+from sam3_jax.trainer.store import UNFINISHED
 from sam3_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]

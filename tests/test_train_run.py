@@ -15,8 +15,9 @@ import pytest
 
 import tiny_run
 from sam3_jax import checkpoint
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.config import rematerialized, sam3
-from sam3_jax.trainer import loop, start
+from sam3_jax.trainer import resolve, start
 from sam3_jax.trainer.config import TrainConfig, check_name
 from sam3_jax.trainer.logs import read_log
 from sam3_jax.trainer.start import RunError
@@ -132,8 +133,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, cache, whole, tm
         assert "resuming after step" in train(data, output, cache, *more)
     assert losses(output) == losses(whole)
     ours, expected = (checkpoint.load(folder / "model").params for folder in (output, whole))
-    for path, value in checkpoint.flatten(expected).items():
-        np.testing.assert_array_equal(checkpoint.flatten(ours)[path], value, err_msg=path)
+    for path, value in flatten(expected).items():
+        np.testing.assert_array_equal(flatten(ours)[path], value, err_msg=path)
 
 
 @pytest.mark.slow
@@ -198,15 +199,15 @@ def test_configurations_that_cannot_run(data, tmp_path):
         start.prepare_data(config)
     config.data.example.mask_size = 0
     with pytest.raises(RunError, match="mask_size"):
-        loop.data_config(config, tmp_path)
+        resolve.data_config(config, tmp_path)
     config = tiny_run.get_config()
     config.data.example.clicks = 0
     with pytest.raises(RunError, match=r"data\.example\.clicks"):
-        loop.data_config(config, tmp_path)
+        resolve.data_config(config, tmp_path)
     with pytest.raises(RunError, match="resolution=100 must be a multiple of 14"):
         start.training_model(config.model, config.model, 100)
     with pytest.raises(RunError, match="batch_size=2 in 1 micro-batches cannot be split over 8"):
-        loop.make_run_mesh(tiny_run.get_config())
+        resolve.make_run_mesh(tiny_run.get_config())
 
 
 def test_a_checkpoint_brings_its_sizes_and_the_configuration_its_training():
@@ -232,7 +233,7 @@ def test_the_configurations_in_the_repository():
         for variant in variants:
             config = get_config(variant) if variant else get_config()
             assert isinstance(config, TrainConfig)
-            data = loop.data_config(config, Path("unused"))
+            data = resolve.data_config(config, Path("unused"))
             assert config.batch_size % config.step.accumulate == 0
             assert data.example.mask_size or not config.loss.masks
         if variants[0]:

@@ -19,7 +19,7 @@ import pytest
 import data_sets
 import tiny_predictor
 from sam3_jax import sharding
-from sam3_jax.checkpoint import flatten
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.data.records import AnnotationError, Answer, Instance, Record
 from sam3_jax.evaluation import cli
 from sam3_jax.inference.image import ImagePredictor

@@ -11,15 +11,17 @@ import ml_dtypes
 import numpy as np
 
 from sam3_jax import checkpoint
-from sam3_jax.checkpoint import in_parts
+from sam3_jax.checkpoint.parts import in_parts
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.config import ModelConfig, sam3
 from sam3_jax.convert import hf_names
 from sam3_jax.convert.errors import ConversionError, closest, raise_problems
 from sam3_jax.convert.hf_config import read_hf_config
 from sam3_jax.convert.layout import Layout, find_layout, unused_in_parts
 from sam3_jax.convert.progress import Progress, no_progress
+from sam3_jax.convert.rows import Row, Shape, source_shape, to_params
 from sam3_jax.convert.source import Source, hash_files
-from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, Row, Shape, source_shape, to_params
+from sam3_jax.convert.table import CLASS_ROW, POS_EMBED
 from sam3_jax.models.detector import init_shapes
 
 PART_CHOICES = {
@@ -84,7 +86,7 @@ def convert(
         raise ConversionError(
             f"{source.name}: has nothing of the part {part!r}, only {', '.join(held) or 'nothing'}"
         )
-    shapes = {path: leaf.shape for path, leaf in checkpoint.flatten(init_shapes(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(init_shapes(config)).items()}
     matched = match(tensors, layout, shapes, parts, source.name)
     metadata = {
         "source": hash_files(source, progress("checking", source.size)),
@@ -96,7 +98,7 @@ def convert(
     total = sum(array.nbytes for array in arrays)
     checkpoint.save(
         output,
-        checkpoint.unflatten(matched.params),
+        unflatten(matched.params),
         config,
         unused=matched.unused,
         metadata=metadata,

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sam3_jax.checkpoint import flatten, staging_folder
+from sam3_jax.checkpoint.staging import staging_folder
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.config import ModelConfig
 from sam3_jax.convert.errors import ConversionError
 from sam3_jax.convert.hf_config import MODEL_TYPES, write_hf_config
 from sam3_jax.convert.layout import hf_layout, release_layout
+from sam3_jax.convert.rows import Row, from_params
 from sam3_jax.convert.safetensors_file import write_safetensors
-from sam3_jax.convert.table import CLASS_ROW, POS_EMBED, Row, from_params
+from sam3_jax.convert.table import CLASS_ROW, POS_EMBED
 from sam3_jax.convert.torch_write import write_torch
 
 HF_LAYOUTS = tuple(MODEL_TYPES)

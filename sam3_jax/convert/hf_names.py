@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.convert.table import Row, build_table, unused_names
+from sam3_jax.convert.rows import Row
+from sam3_jax.convert.table import build_table, unused_names
 
 _MLP3 = ((r"layers\.0\.", "proj_in."), (r"layers\.2\.", "proj_out."), (r"layers\.1\.", "layers.0."))
 _ATTENTION = ((r"\.in_proj_(weight|bias)", r".qkv.\1"), (r"\.out_proj\.", ".o_proj."))

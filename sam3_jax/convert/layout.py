@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from sam3_jax.checkpoint import in_parts
+from sam3_jax.checkpoint.parts import in_parts
 from sam3_jax.config import ModelConfig
 from sam3_jax.convert import hf_names
 from sam3_jax.convert.errors import ConversionError
 from sam3_jax.convert.hf_names import Unused
-from sam3_jax.convert.table import Row, build_table, unused_names
+from sam3_jax.convert.rows import Row
+from sam3_jax.convert.table import build_table, unused_names
 
 # Parameters of which at least one is there if a file has anything of the part at all.
 _OWN = {

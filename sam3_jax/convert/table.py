@@ -1,40 +1,18 @@
 """The one table between the released checkpoint's tensors and our parameters.
 
 Every row says which tensor of ``sam3.pt`` (its name without container prefix) makes which of our
-parameters, and how. All kinds are permutations, so that both directions are exact to the bit.
-Row counts follow the configuration: the released size gives 1465 tensors with the unused ones.
+parameters; ``rows.py`` knows how. Row counts follow the configuration: the released size gives 1465
+tensors with the unused ones.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import numpy as np
 
 from sam3_jax.config import ModelConfig
-
-Shape = tuple[int, ...]
-
-
-class Row(NamedTuple):
-    """One tensor of the source and the parameters (paths joined by "/") that it makes.
-
-    Kinds: ``copy`` (same numbers, our shape), ``linear`` (transposed; our leading axis is the
-    input), ``linear_out`` (transposed; our trailing axis is the output), ``conv`` (OIHW to HWIO,
-    and a transposed convolution's IOHW to HWOI). Several targets split the source's first axis.
-    ``ones``: positions of the source's axes of length 1 that ours lacks.
-    """
-
-    source: str
-    targets: tuple[str, ...]
-    kind: str
-    ones: tuple[int, ...] = ()
-
+from sam3_jax.convert.rows import POS_EMBED_PARAM, Row
 
 POS_EMBED = "detector.backbone.vision_backbone.trunk.pos_embed"
-_POS_EMBED_PARAM = "vision/trunk/pos_embed"
 CLASS_ROW = POS_EMBED + "[:, :1]"  # name under which its unused first row is kept
 
 
@@ -80,7 +58,7 @@ def _vision(config: ModelConfig) -> Iterator[Row]:
     source, target = "detector.backbone.vision_backbone", "vision"
     trunk = f"{source}.trunk"
     yield Row(f"{trunk}.patch_embed.proj.weight", ("vision/trunk/patch_embed/kernel",), "conv")
-    yield Row(POS_EMBED, (_POS_EMBED_PARAM,), "copy", (0,))
+    yield Row(POS_EMBED, (POS_EMBED_PARAM,), "copy", (0,))
     yield from _norm(f"{trunk}.ln_pre", "vision/trunk/norm_pre")
     for i in range(config.vision.depth):
         s, t = f"{trunk}.blocks.{i}", f"vision/trunk/block_{i}"
@@ -300,52 +278,3 @@ def unused_names(config: ModelConfig) -> list[str]:
     names += ["detector.backbone.language_backbone.encoder.text_projection"]
     names += ["tracker.no_mem_pos_enc"]
     return names
-
-
-def source_shape(row: Row, shapes: list[Shape]) -> Shape:
-    """Shape of the source, from those of its targets (``pos_embed``: without the class row)."""
-    shape = shapes[0]
-    if row.kind == "linear":
-        flat: Shape = (math.prod(shape[1:]), shape[0])
-    elif row.kind == "linear_out":
-        flat = (shape[-1], math.prod(shape[:-1]))
-    elif row.kind == "conv":
-        flat = (shape[3], shape[2], shape[0], shape[1])
-    elif row.targets == (_POS_EMBED_PARAM,):
-        flat = (shape[0] * shape[1], shape[2])
-    elif len(row.targets) > 1:
-        flat = (math.prod(shape),)
-    elif row.targets[0].endswith("]"):
-        flat = (1, shape[-1])
-    elif row.targets[0].endswith(("/q/bias", "/k/bias", "/v/bias")):
-        flat = (math.prod(shape),)
-    else:
-        flat = shape
-    flat = (len(row.targets) * flat[0], *flat[1:])
-    for axis in row.ones:
-        flat = (*flat[:axis], 1, *flat[axis:])
-    return flat
-
-
-def to_params(row: Row, array: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
-    """Arrays of the row's targets (views where possible)."""
-    parts = np.split(array, len(row.targets)) if len(row.targets) > 1 else [array]
-    if row.kind in ("linear", "linear_out"):
-        parts = [part.T for part in parts]
-    elif row.kind == "conv":
-        parts = [part.transpose(2, 3, 1, 0) for part in parts]
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def from_params(row: Row, arrays: list[np.ndarray]) -> np.ndarray:
-    """The source tensor of a row from its targets: the inverse of :func:`to_params`."""
-    shape = source_shape(row, [array.shape for array in arrays])
-    if row.kind == "linear":
-        parts = [array.reshape(array.shape[0], -1).T for array in arrays]
-    elif row.kind == "linear_out":
-        parts = [array.reshape(-1, array.shape[-1]).T for array in arrays]
-    elif row.kind == "conv":
-        parts = [array.transpose(3, 2, 0, 1) for array in arrays]
-    else:
-        parts = [array.reshape(shape[0] // len(arrays), *shape[1:]) for array in arrays]
-    return np.concatenate(parts).reshape(shape) if len(parts) > 1 else parts[0].reshape(shape)

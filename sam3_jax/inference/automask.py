@@ -10,25 +10,22 @@ of the image, gone through in the same way, find smaller things.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Bool, Float
 from pycocotools import mask as coco_mask
 
 from sam3_jax.data.images import ImageSource, load_image
+from sam3_jax.inference.crops import Box, crop_boxes, near_crop_edge, point_grid
 from sam3_jax.inference.nms import box_nms, boxes_of_masks
 from sam3_jax.inference.postprocess import upscale_masks
 from sam3_jax.inference.rle import rle_of_crop
+from sam3_jax.inference.small_regions import remove_small_regions
 
 MASKS_AT_A_TIME = 8  # at full size: 66 MB on a 4K image
-EDGE_TOLERANCE = 20.0  # pixels: a box as near to the edge of its crop is taken to be cut off
 OUTPUT_MODES = ("binary_mask", "coco_rle")
-
-Box = tuple[int, int, int, int]  # (x0, y0, x1, y1), pixels, ends not included
 
 
 @runtime_checkable
@@ -242,94 +239,11 @@ class AutomaticMaskGenerator:
         )
 
 
-def point_grid(side: int) -> Float[np.ndarray, "n 2"]:
-    """Centres of ``side`` x ``side`` equal cells as fractions (x, y) of an image, row by row."""
-    centres = (np.arange(side) + 0.5) / side
-    return np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
-
-
-def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[Box, int]]:
-    """The whole image and the crops of every layer, each with its layer's number.
-
-    Layer 0 is the whole image; layer i has 2^i crops a side that overlap by ``overlap_ratio`` of
-    the image's shorter side in layer 1 and half as much in each layer after it.
-
-    Args:
-      size: (height, width) of the image. Crops without a pixel, in tiny images, are left out.
-      layers: beside layer 0.
-      overlap_ratio: 0 to below 1.
-    """
-    height, width = size
-    crops = [((0, 0, width, height), 0)]
-    for layer in range(1, layers + 1):
-        n = 2**layer
-        overlap = int(overlap_ratio * min(size) * (2 / n))
-        wide, high = (math.ceil((overlap * (n - 1) + side) / n) for side in (width, height))
-        for i in range(n):
-            for j in range(n):
-                x, y = (wide - overlap) * i, (high - overlap) * j
-                box = (x, y, min(x + wide, width), min(y + high, height))
-                if box[0] < box[2] and box[1] < box[3]:
-                    crops.append((box, layer))
-    return crops
-
-
 def stability_scores(logits: Float[np.ndarray, "n h w"], offset: float) -> Float[np.ndarray, " n"]:
     """IoU of each mask at the threshold +``offset`` with itself at -``offset``; 0 if empty."""
     high = np.count_nonzero(logits > offset, axis=(1, 2))
     low = np.count_nonzero(logits > -offset, axis=(1, 2))
     return high / np.maximum(low, 1)
-
-
-def near_crop_edge(
-    boxes: Float[np.ndarray, "n 4"], crop: Box, size: tuple[int, int]
-) -> Bool[np.ndarray, " n"]:
-    """Which boxes come within 20 pixels of an edge of their crop that is not the image's edge.
-
-    Args:
-      boxes: (x0, y0, x1, y1) in pixels of the whole image.
-      crop: (x0, y0, x1, y1).
-      size: (height, width) of the whole image.
-    """
-    height, width = size
-    at_crop = np.abs(boxes - np.asarray(crop)) <= EDGE_TOLERANCE
-    at_image = np.abs(boxes - np.asarray([0, 0, width, height])) <= EDGE_TOLERANCE
-    return (at_crop & ~at_image).any(1)
-
-
-def remove_small_regions(
-    mask: Bool[np.ndarray, "h w"], min_area: int, mode: Literal["holes", "islands"]
-) -> tuple[Bool[np.ndarray, "h w"], bool]:
-    """Fills the holes, or removes the islands, of fewer than ``min_area`` pixels.
-
-    Regions hang together by sides or corners. Where every island is small the largest stays. What
-    lies around the mask's box is no hole, however little it is.
-
-    Returns:
-      the mask, and whether it changed; without a change it is the argument.
-    """
-    height, width = mask.shape
-    x0, y0, x1, y1 = boxes_of_masks(mask[None])[0].astype(int).tolist()
-    # The box and a rim of background, where there is any.
-    rim = (y0 > 0, y1 < height, x0 > 0, x1 < width)
-    window = np.s_[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
-    inside = mask[window]
-    labels, n = scipy.ndimage.label(~inside if mode == "holes" else inside, np.ones((3, 3), bool))
-    areas = np.bincount(labels.ravel(), minlength=n + 1)
-    small = areas < min_area
-    small[0] = False  # label 0 is everything else
-    if mode == "holes":
-        sides = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-        for side, there in zip(sides, rim, strict=True):
-            if there:
-                small[side] = False  # it goes on outside
-    elif n and small[1:].all():
-        small[1 + np.argmax(areas[1:])] = False
-    if not small.any():
-        return mask, False
-    result = mask.copy()
-    result[window] = inside ^ small[labels]
-    return result, True
 
 
 def _distinct(

@@ -19,7 +19,8 @@ from sam3_jax.inference.engine import Engine
 from sam3_jax.inference.files import output_names
 from sam3_jax.inference.jobs import BadLine, Job, Share
 from sam3_jax.inference.merge import merge, read_done
-from sam3_jax.inference.pipeline import Settings, Work, process
+from sam3_jax.inference.pipeline import process
+from sam3_jax.inference.work import Settings, Work
 from sam3_jax.sharding import make_mesh
 
 

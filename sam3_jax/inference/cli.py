@@ -25,7 +25,7 @@ from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, rea
 if TYPE_CHECKING:
     from sam3_jax.inference.bulk import Summary
     from sam3_jax.inference.engine import Engine
-    from sam3_jax.inference.pipeline import Settings
+    from sam3_jax.inference.work import Settings
 
 __all__ = ["main", "parse_threshold"]
 
@@ -198,7 +198,7 @@ def _share(args: argparse.Namespace) -> Share:
 
 def _settings(args: argparse.Namespace, engine: Engine) -> Settings:
     from sam3_jax.inference.options import Options
-    from sam3_jax.inference.pipeline import Everything, Settings
+    from sam3_jax.inference.work import Everything, Settings
 
     options = Options(
         presence=not args.no_presence,

@@ -10,7 +10,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sam3_jax.data.images import load_image
-from sam3_jax.inference.engine import Engine, Kept
+from sam3_jax.inference.engine import Engine
+from sam3_jax.inference.instances import Kept
 from sam3_jax.inference.jobs import Job
 from sam3_jax.inference.postprocess import fill_holes
 from sam3_jax.inference.prompts import PromptError, click_prompt

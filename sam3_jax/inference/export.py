@@ -31,6 +31,8 @@ from jax import export as jax_export
 
 from sam3_jax import checkpoint
 from sam3_jax import config as config_lib
+from sam3_jax.checkpoint.staging import staging_folder
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.config import ModelConfig
 from sam3_jax.convert.safetensors_file import write_safetensors
 from sam3_jax.inference import export_programs
@@ -93,7 +95,7 @@ def export_model(
             f'(platforms=["tpu"], batch=1), got {", ".join(platforms)} and {batch}'
         )
     compute = _dtype(dtype, platforms)
-    flat = checkpoint.flatten(params)
+    flat = flatten(params)
     programs, described = {}, {}
     for name, entry in export_programs.entries(Sam3(config, compute), set(params), boxes, points):
         paths = [path for path in flat if path.startswith(export_programs.PARAMETERS[name])]
@@ -225,7 +227,7 @@ def _write(
         raise ExportError("writing an export needs flatbuffers: pip install flatbuffers") from error
     need = sum(map(len, data.values())) + sum(leaf.nbytes for leaf in params.values())
     replace = overwrite and (target / DESCRIPTION).is_file()
-    with checkpoint.staging_folder(target, need, replace=replace) as folder:
+    with staging_folder(target, need, replace=replace) as folder:
         for name, content in data.items():
             spec = description["programs"][name]
             spec["sha256"] = hashlib.sha256(content).hexdigest()

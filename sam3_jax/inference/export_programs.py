@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 from jaxtyping import Array
 
-from sam3_jax import checkpoint
+from sam3_jax.checkpoint.tree import unflatten
 from sam3_jax.inference.exported_files import ExportError
 from sam3_jax.models.detector import Sam3
 from sam3_jax.models.sam_heads import select_masks
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def _apply(model: Sam3, params: dict[str, Array], *args: Any, **options: Any) -> Any:
-    return model.apply({"params": checkpoint.unflatten(params)}, *args, **options)
+    return model.apply({"params": unflatten(params)}, *args, **options)
 
 
 def encode_image(model: Sam3, halves: Sequence[str]) -> Entry:

@@ -10,39 +10,30 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.data.images import ImageSource, load_image, resize_image
 from sam3_jax.inference import postprocess
-from sam3_jax.inference.engine import PROMPT_BUCKETS, Engine, Kept
+from sam3_jax.inference.engine import PROMPT_BUCKETS, Engine
+from sam3_jax.inference.image_batch import predict_batch
+from sam3_jax.inference.instances import Kept, keep_instances
 from sam3_jax.inference.options import DEFAULTS, Options
-from sam3_jax.inference.postprocess import Detections
+from sam3_jax.inference.postprocess import ClickResult, Detections
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import (
     Prompt,
-    PromptError,
     Values,
     click_prompt,
     phrase_of,
     point_prompts,
 )
 from sam3_jax.types import Levels, TextFeatures
-
-LOW_RES_CLAMP = 32.0  # of the logits that a click returns for refinement
-
-
-class ClickResult(NamedTuple):
-    """Hypotheses for the object that was clicked on: 3, or 1 without ``multimask``."""
-
-    masks: Bool[np.ndarray, "n h w"]  # at the size of the original image
-    iou: Float[np.ndarray, " n"]  # the model's own estimate of each mask's quality
-    low_res_logits: Float[np.ndarray, "n s s"]  # one of them is the next click's mask_input
 
 
 @dataclasses.dataclass
@@ -210,7 +201,7 @@ class ImagePredictor:
         _check(threshold, options)
         kept: list[Kept] = []
         for count, out in self._ground(prompts):
-            kept += self.engine.keep(out, [threshold] * count, options)
+            kept += keep_instances(out, [threshold] * count, options)
         tight = self.engine.boxes_from_masks(options)
         return [
             postprocess.detections(*one[:3], self.image_size, boxes_from_masks=tight)
@@ -241,29 +232,7 @@ class ImagePredictor:
           PromptError: on an empty or impossible prompt.
         """
         _check(threshold, options)
-        if prompts and not isinstance(prompts[0], Prompt):
-            asked = [list(own) for own in prompts]
-        else:
-            asked = [list(prompts)] * len(images)
-        if len(asked) != len(images):
-            raise PromptError(f"{len(asked)} lists of prompts for {len(images)} images")
-        tight, side = self.engine.boxes_from_masks(options), self.config.image_size
-        results: list[list[Detections]] = []
-        for start in range(0, len(images), batch_size):
-            pixels = [load_image(image) for image in images[start : start + batch_size]]
-            sizes = [image.shape[:2] for image in pixels]
-            inputs = np.stack([resize_image(image, (side, side)) for image in pixels])
-            own = asked[start : start + batch_size]
-            rounds = self.engine.submit(inputs, own, sizes, batch_size)
-            for size, kept in zip(
-                sizes,
-                self.engine.collect(rounds, [[threshold] * len(p) for p in own], options),
-                strict=True,
-            ):
-                results.append(
-                    [postprocess.detections(*k[:3], size, boxes_from_masks=tight) for k in kept]
-                )
-        return results
+        return predict_batch(self.engine, images, prompts, threshold, options, batch_size)
 
     def predict_raw(
         self,
@@ -313,11 +282,7 @@ class ImagePredictor:
         )
         results = self.engine.run.click(self.engine.params, image.tracker, prompt)
         logits, iou = (array[0] for array in jax.device_get(results[bool(multimask)]))
-        return ClickResult(
-            masks=postprocess.upscale_masks(postprocess.fill_holes(logits), image.size),
-            iou=iou,
-            low_res_logits=np.clip(logits, -LOW_RES_CLAMP, LOW_RES_CLAMP),
-        )
+        return postprocess.click_result(logits, iou, image.size)
 
     def predict_point_batch(
         self, points: Values, *, multimask: bool = True

@@ -18,6 +18,7 @@ from sam3_jax.inference.nms import boxes_of_masks
 
 MAX_HOLE_AREA = 256  # low-resolution pixels; upstream's default for the released 288 x 288 masks
 HOLE_FILL_LOGIT = 10.0
+LOW_RES_CLAMP = 32.0  # of the logits that a click returns for refinement
 ROWS_AT_A_TIME = 64  # of an upscaled mask: one block of a 4K picture stays in a CPU's cache
 
 
@@ -27,6 +28,14 @@ class Detections(NamedTuple):
     masks: Bool[np.ndarray, "n h w"]  # at the size of the original image
     boxes: Float[np.ndarray, "n 4"]  # (x0, y0, x1, y1), pixels of the original image, not clipped
     scores: Float[np.ndarray, " n"]  # probability of the instance times that of the concept
+
+
+class ClickResult(NamedTuple):
+    """Hypotheses for the object that was clicked on: 3, or 1 without ``multimask``."""
+
+    masks: Bool[np.ndarray, "n h w"]  # at the size of the original image
+    iou: Float[np.ndarray, " n"]  # the model's own estimate of each mask's quality
+    low_res_logits: Float[np.ndarray, "n s s"]  # one of them is the next click's mask_input
 
 
 def concatenate(parts: Sequence[Detections]) -> Detections:
@@ -164,4 +173,15 @@ def detections(
         masks=masks,
         boxes=boxes_of_masks(masks) if boxes_from_masks else boxes_to_pixels(boxes, size),
         scores=np.asarray(scores, np.float32),
+    )
+
+
+def click_result(
+    mask_logits: Float[np.ndarray, "n s s"], iou: Float[np.ndarray, " n"], size: tuple[int, int]
+) -> ClickResult:
+    """The hypotheses of a click in pixels of the original image of ``size`` (height, width)."""
+    return ClickResult(
+        masks=upscale_masks(fill_holes(mask_logits), size),
+        iou=iou,
+        low_res_logits=np.clip(mask_logits, -LOW_RES_CLAMP, LOW_RES_CLAMP),
     )

@@ -17,27 +17,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import math
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from sam3_jax.checkpoint import CheckpointError, flatten, unflatten
+from sam3_jax.checkpoint import CheckpointError
+from sam3_jax.checkpoint.errors import first_line
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.trainer.config import CheckpointConfig
+from sam3_jax.trainer.figures import Figures
+from sam3_jax.trainer.state_shapes import abstract, check_same
+from sam3_jax.trainer.store import open_store, remove_parts
 from sam3_jax.training.state import TrainState
 
 FIGURES = "figures.json"
-READ_BYTES = 512 * 2**20  # read at a time, in each process; all at once takes far more memory
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are being written
-SHOWN = 3  # differing arrays that an error names
 
 
 class RunCheckpoints:
@@ -53,15 +49,13 @@ class RunCheckpoints:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         if config.keep < 1:
             raise ValueError(f"checkpoint.keep={config.keep}: keep at least one")
-        logging.getLogger("absl").addFilter(_without_traces)
         self._folder = Path(folder).absolute()
         self._config = config
         self._saving: int | None = None  # step that was not heard to be complete
-        self._figures: dict[int, float] = {}
-        self._orbax = self._open()
-        complete = self._complete()
+        self._figures = Figures(self._folder / FIGURES, config.best)
+        self._orbax = open_store(self._folder, self._kept)
         # Of a step that was validated and whose state never came to be, nothing is known.
-        self._figures = {s: v for s, v in self._read_figures().items() if s in complete}
+        self._figures.read(self._complete())
 
     def save(
         self,
@@ -94,7 +88,7 @@ class RunCheckpoints:
                 f"{self._folder}: has a state of step {latest} already, so step {step} cannot be "
                 "saved there; resume from it, choose another output, or remove the folder"
             )
-        leaves = _leaves(state)
+        leaves = flatten(state)
         self._check_space(step, sum(leaf.nbytes for leaf in leaves.values()))
         if metrics is not None:
             self.record_best(step, metrics)
@@ -132,12 +126,14 @@ class RunCheckpoints:
             wanted = "state" if step is None else f"complete state of step {step}"
             raise CheckpointError(f"{self._folder}: has no {wanted}; there are: {found}")
         folder = self._folder / str(step)
-        wanted = {path: _abstract(path, leaf) for path, leaf in _leaves(like).items()}
+        wanted = {path: abstract(path, leaf) for path, leaf in flatten(like).items()}
         with self._reading(step):
             metadata = self._orbax.metadata(step)
             position = metadata.custom_metadata["position"]
+            if metadata.metadata is None:  # of arrays that are not there Orbax only warns
+                raise ValueError("its arrays cannot be found")
             stored = flatten(metadata.metadata)
-        _check_same(folder, stored, wanted)
+        check_same(folder, stored, wanted)
         with self._reading(step):
             leaves = flatten(self._orbax.load(step, unflatten(wanted)))
         order = [leaves[path] for path in wanted]
@@ -155,22 +151,12 @@ class RunCheckpoints:
           CheckpointError: the figures cannot be written.
           ValueError: ``config.best`` is not among them.
         """
-        name = self._config.best
-        value = figures.get(name, figures.get(name.replace("segm/", "bbox/")))
-        if value is None:
-            raise ValueError(f"checkpoint.best={name!r} is not one of {', '.join(sorted(figures))}")
-        if not math.isfinite(value):
-            return False
-        others = self._known() - {step}  # the same in all processes, one under way among them
-        before = max((self._figures[s] for s in others & self._figures.keys()), default=-math.inf)
-        self._figures[step] = float(value)
-        if jax.process_index() == 0:
-            self._write_figures()
-        return value > before
+        # The same in all processes, a state under way among them.
+        return self._figures.record(step, figures, self._known() - {step})
 
     def best(self) -> int | None:
         """Step of the complete state with the highest figure; None where none has one."""
-        return self._best(self._complete())
+        return self._figures.best(self._complete())
 
     def wait(self) -> None:
         """Waits for the save under way.
@@ -194,24 +180,6 @@ class RunCheckpoints:
         finally:
             self._orbax.close()
 
-    def _open(self) -> ocp.training.Checkpointer:
-        context = ocp.Context()
-        context.array.saving.use_compression = False  # hardly shrinks, and takes longer
-        context.asynchronous.create_directories_asynchronously = False  # or errors show late
-        context.memory.read_concurrent_bytes = READ_BYTES
-        try:
-            return ocp.training.Checkpointer(
-                self._folder,
-                context=context,
-                preservation_policy=_Preserve(self._kept),
-                cleanup_tmp_directories=True,
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._folder}: cannot be used ({error}); choose another output, or make it "
-                "writable"
-            ) from error
-
     def _known(self) -> set[int]:
         """Steps that are saved or being saved, and not being removed."""
         return {info.step for info in self._orbax.checkpoints}
@@ -220,10 +188,6 @@ class RunCheckpoints:
         """Steps whose folders have their final names and are not being removed."""
         return {step for step in self._known() if (self._folder / str(step)).is_dir()}
 
-    def _best(self, steps: set[int]) -> int | None:
-        known = steps & self._figures.keys()
-        return max(known, key=lambda step: (self._figures[step], step), default=None)
-
     def _kept(self, steps: set[int]) -> set[int]:
         """What is kept of some states: the latest and the best.
 
@@ -231,7 +195,7 @@ class RunCheckpoints:
         and go away after the next save.
         """
         latest = set(sorted(steps)[-self._config.keep :])
-        return latest | ({self._best(steps)} - {None})
+        return latest | ({self._figures.best(steps)} - {None})
 
     def _check_space(self, step: int, need: int) -> None:
         """Raises while there is room for the error message; several processes must not disagree."""
@@ -252,25 +216,14 @@ class RunCheckpoints:
         except Exception as error:  # OSError, or tensorstore's own for a full disk
             self._saving = None
             self._orbax.reload()  # finds the states that are there
-            self._remove_parts(step)
+            remove_parts(self._folder, step)
             latest = self.latest()
             rest = "there is none before it" if latest is None else f"step {latest} is intact"
             raise CheckpointError(
                 f"{self._folder / str(step)}: saving failed, nothing of it was kept, {rest} "
-                f"({_first_line(error)}); free some space or make the folder writable, then start "
+                f"({first_line(error)}); free some space or make the folder writable, then start "
                 "the same command again"
             ) from error
-
-    def _remove_parts(self, step: int) -> None:
-        """Removes what a failed save left, which other threads may still be adding files to."""
-        if jax.process_index() != 0:
-            return
-        for part in self._folder.glob(f"{step}{UNFINISHED}*"):
-            for _ in range(20):
-                shutil.rmtree(part, ignore_errors=True)
-                if not part.exists():
-                    break
-                time.sleep(0.1)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -283,85 +236,6 @@ class RunCheckpoints:
             rest = sorted(self._kept(self._complete()) - {step})
             other = f"goes on from step {rest[-1]}" if rest else "starts again"
             raise CheckpointError(
-                f"{self._folder / str(step)}: damaged ({_first_line(error)}); remove this folder, "
+                f"{self._folder / str(step)}: damaged ({first_line(error)}); remove this folder, "
                 f"and the run {other}"
             ) from error
-
-    def _read_figures(self) -> dict[int, float]:
-        file = self._folder / FIGURES
-        try:
-            return {int(step): float(v) for step, v in json.loads(file.read_text()).items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error}); remove it, and the best state so far counts "
-                "as any other"
-            ) from error
-
-    def _write_figures(self) -> None:
-        file = self._folder / FIGURES
-        new = file.with_suffix(".new")
-        try:
-            new.write_text(json.dumps(self._figures) + "\n")
-            os.replace(new, file)
-        except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be written ({error}); free some space or make it writable, then "
-                "start the same command again"
-            ) from error
-
-
-class _Preserve:
-    """What Orbax asks after each save; it removes the rest once the new state is complete."""
-
-    def __init__(self, kept: Callable[[set[int]], set[int]]) -> None:
-        self._kept = kept
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        kept = self._kept({info.step for info in checkpoints})
-        return [info.step in kept for info in checkpoints]
-
-
-def _leaves(state: TrainState) -> dict[str, Any]:
-    """Arrays by path, in the order of the state's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _abstract(path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if leaf.sharding is None:
-        raise ValueError(f"{path}: give shapes with shardings, or arrays")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _check_same(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises unless both have the same arrays. Orbax would cast, and say little about the rest."""
-
-    def text(leaf: Any) -> str:
-        return "missing" if leaf is None else f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
-
-    differing = []
-    for path in dict.fromkeys([*wanted, *stored]):
-        there, here = text(stored.get(path)), text(wanted.get(path))
-        if there != here:
-            differing.append(f"{path} is {there} there and {here} now")
-    if differing:
-        more = len(differing) - SHOWN
-        raise CheckpointError(
-            f"{folder}: is of another model or optimizer: {'; '.join(differing[:SHOWN])}"
-            f"{f'; and {more} more' if more > 0 else ''}. Set the configuration (model, lora, "
-            "optimizer with its ema and freezing) back, or choose another output"
-        )
-
-
-def _without_traces(record: logging.LogRecord) -> bool:
-    """Leaves out the traces that each of Orbax's threads logs of an error that is raised anyway.
-
-    A full disk would take 1800 lines.
-    """
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:400]

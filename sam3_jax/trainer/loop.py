@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sam3_jax import checkpoint
 from sam3_jax.config import to_dict
-from sam3_jax.data.pipeline import DataConfig, make_pipeline, num_exemplars
+from sam3_jax.data.pipeline import DataConfig, make_pipeline
 from sam3_jax.data.source import open_split
 from sam3_jax.inference import compile_cache
-from sam3_jax.sharding import batch_sharding, make_mesh
+from sam3_jax.sharding import batch_sharding
 from sam3_jax.trainer.checkpoints import RunCheckpoints
 from sam3_jax.trainer.config import TrainConfig
-from sam3_jax.trainer.flops import train_flops
+from sam3_jax.trainer.export import MODEL, export_models, shipped_params
 from sam3_jax.trainer.interrupt import Interruption
 from sam3_jax.trainer.logs import RunLog
-from sam3_jax.trainer.start import Origin, RunError, barrier, initial, prepare_data
+from sam3_jax.trainer.resolve import data_config, flops_per_step, make_run_mesh, with_steps
+from sam3_jax.trainer.run import Run
+from sam3_jax.trainer.start import Origin, RunError, initial, prepare_data
+from sam3_jax.trainer.state_shapes import shape_of
 from sam3_jax.trainer.validation import Validator
 from sam3_jax.training.batch import TrainBatch
 from sam3_jax.training.lora import add_lora
 from sam3_jax.training.optimizer import Optimizer, make_optimizer
-from sam3_jax.training.state import TrainState, export_params, init_state
-from sam3_jax.training.step import Step, make_train_step, unused_parameters
-
-MODEL, BEST_MODEL = "model", "best_model"  # checkpoints for infer.py, in the output folder
+from sam3_jax.training.state import TrainState, init_state
+from sam3_jax.training.step import make_train_step, unused_parameters
 
 
 class Finished(NamedTuple):
@@ -48,21 +48,6 @@ class Finished(NamedTuple):
     complete: bool  # False: interrupted, the same command goes on from here
     metrics: dict[str, float]  # of the last step
     figures: dict[str, float]  # of the last validation
-
-
-class _Run(NamedTuple):
-    """What stays the same from step to step."""
-
-    config: TrainConfig
-    output: Path
-    mesh: Mesh | None
-    origin: Origin
-    optimizer: Optimizer
-    step: Step
-    position: dict[str, Any]
-    log: RunLog
-    checkpoints: RunCheckpoints
-    validator: Validator | None
 
 
 def train(config: TrainConfig) -> Finished:
@@ -78,7 +63,7 @@ def train(config: TrainConfig) -> Finished:
     output.mkdir(parents=True, exist_ok=True)
     folder = prepare_data(config)
     data = data_config(config, folder)
-    config = _with_steps(config, len(open_split(folder, data.split)))
+    config = with_steps(config, len(open_split(folder, data.split)))
 
     # -- Model and state --------------------------------------------------------------------------
     mesh = make_run_mesh(config)
@@ -115,17 +100,17 @@ def train(config: TrainConfig) -> Finished:
         steps=config.steps,
         start=start,
         images_per_step=config.batch_size,
-        flops_per_step=_flops(config, data) if first else None,
+        flops_per_step=flops_per_step(config, data) if first else None,
         active=first,
     )
     log.settings(to_dict(config))
     origin = origin._replace(params={})  # the state has them, the first step takes them over
-    run = _Run(config, output, mesh, origin, optimizer, step, position, log, checkpoints, validator)
+    run = Run(config, output, mesh, origin, optimizer, step, position, log, checkpoints, validator)
     with contextlib.closing(log), contextlib.closing(checkpoints):
         return _steps(run, state, data, start)
 
 
-def _steps(run: _Run, state: TrainState, data: DataConfig, start: int) -> Finished:
+def _steps(run: Run, state: TrainState, data: DataConfig, start: int) -> Finished:
     config, pending, figures = run.config, None, {}
     metrics: dict[str, float] = {}
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -168,7 +153,7 @@ def _steps(run: _Run, state: TrainState, data: DataConfig, start: int) -> Finish
             if stop and number < config.steps:
                 return Finished(number, False, metrics, figures)
     if start < config.steps or not checkpoint.is_checkpoint(run.output / MODEL):
-        _export(run, state)
+        export_models(run, state)
     return Finished(number, True, metrics, figures)
 
 
@@ -176,7 +161,7 @@ def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
-def _report(run: _Run, number: int, metrics: dict[str, jax.Array], waited: float) -> dict:
+def _report(run: Run, number: int, metrics: dict[str, jax.Array], waited: float) -> dict:
     """Logs a step; stops a run that does not come back to finite numbers."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     run.log.step(number, values, waited=waited)
@@ -192,64 +177,12 @@ def _report(run: _Run, number: int, metrics: dict[str, jax.Array], waited: float
     return values
 
 
-def data_config(config: TrainConfig, folder: Path) -> DataConfig:
-    """The pipeline of this process.
-
-    Raises:
-      RunError: where the processes cannot share a batch evenly.
-    """
-    processes = jax.process_count()
-    if config.batch_size % processes:
-        raise RunError(f"batch_size={config.batch_size} cannot be shared by {processes} processes")
-    example = dataclasses.replace(config.data.example)
-    if config.clicks.weight and not example.clicks:
-        raise RunError(
-            "clicks.weight trains the interactive head: say on how many objects an image with "
-            "data.example.clicks, or set the weight to 0"
-        )
-    if (config.loss.masks or config.loss.semantic) and not example.mask_size:
-        raise RunError(
-            "the loss compares masks: give data.example.mask_size (288 is the model's own), or set "
-            "loss.masks and loss.semantic to False"
-        )
-    buckets = tuple(config.data.buckets)
-    if processes > 1:
-        buckets = buckets[-1:]  # one program for all: nobody knows what the others' batches need
-    return dataclasses.replace(
-        config.data,
-        folder=str(folder),
-        batch_size=config.batch_size // processes,
-        seed=config.data.seed + config.seed,
-        context_length=config.model.text.context_length,
-        buckets=buckets,
-        example=example,
-    )
-
-
 def place(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     """This process's rows of a batch onto its devices."""
     if mesh is None:
         return jax.device_put(batch)
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def make_run_mesh(config: TrainConfig) -> Mesh | None:
-    """All devices, or None for one."""
-    sizes = config.mesh
-    try:
-        mesh = make_mesh(sizes.data or None, sizes.tensor, fsdp=sizes.fsdp)
-    except ValueError as error:
-        raise RunError(f"config.mesh: {error}") from error
-    shards = mesh.shape["data"] * mesh.shape.get("fsdp", 1)
-    micro = config.batch_size / config.step.accumulate
-    if micro % shards:
-        raise RunError(
-            f"batch_size={config.batch_size} in {config.step.accumulate} micro-batches cannot be "
-            f"split over {shards} devices (data x fsdp): choose a multiple of "
-            f"{shards * config.step.accumulate}, or give the mesh a larger tensor axis"
-        )
-    return mesh if mesh.size > 1 else None
 
 
 def _start(config: TrainConfig, origin: Origin, mesh: Mesh | None) -> tuple[Optimizer, TrainState]:
@@ -267,18 +200,9 @@ def _start(config: TrainConfig, origin: Origin, mesh: Mesh | None) -> tuple[Opti
         raise RunError(str(error)) from error
 
 
-def _with_steps(config: TrainConfig, pictures: int) -> TrainConfig:
-    steps = config.steps
-    if config.epochs:
-        steps = int(config.epochs * pictures / config.batch_size)
-    if steps < 1:
-        raise RunError(f"nothing to do: {config.epochs} epochs of {pictures} pictures, or steps=0")
-    return dataclasses.replace(config, steps=steps, epochs=0.0)
-
-
 def _resume(checkpoints: RunCheckpoints, state: TrainState, position: dict[str, Any]) -> TrainState:
     """The newest state of the folder, on today's devices."""
-    like = jax.tree.map(_shape_of, state)
+    like = jax.tree.map(shape_of, state)
     jax.tree.map(lambda x: x.delete(), state)
     restored, before = checkpoints.restore(like)
     for name, value in position.items():
@@ -291,70 +215,14 @@ def _resume(checkpoints: RunCheckpoints, state: TrainState, position: dict[str, 
     return restored
 
 
-def _validate(run: _Run, state: TrainState, number: int) -> tuple[dict[str, float], bool]:
+def _validate(run: Run, state: TrainState, number: int) -> tuple[dict[str, float], bool]:
     """Figures of the state, and whether they are the best so far."""
     with run.log.pause():
-        found = run.validator.run(_params(run, state), number)
+        found = run.validator.run(shipped_params(run, state), number)
     run.log.figures(number, found.figures)
     for name, picture in found.pictures:
         run.log.picture(number, name, picture)
     return found.figures, run.checkpoints.record_best(number, found.figures)
-
-
-def _flops(config: TrainConfig, data: DataConfig) -> float:
-    """Model FLOPs of a step."""
-    return train_flops(
-        config.model,
-        config.batch_size,
-        config.batch_size * data.example.sampling.phrases,
-        tokens=data.context_length,
-        boxes=num_exemplars(data),
-        loss=config.loss,
-        clicks=config.clicks,
-        objects=data.example.clicks,
-    )
-
-
-def _params(run: _Run, state: TrainState) -> dict:
-    """What would be shipped now: the average where there is one, LoRA merged."""
-    average = state.ema is not None
-    return export_params(state, run.optimizer, alpha=run.config.lora.alpha, ema=average)
-
-
-def _export(run: _Run, state: TrainState) -> None:
-    """Checkpoints for ``infer.py``, ``evaluate.py`` and the way back to torch: last and best."""
-    last = int(state.step)
-    _save_model(run, state, MODEL, last)
-    best = run.checkpoints.best()
-    if best not in (None, last):
-        like = jax.tree.map(_shape_of, state)
-        jax.tree.map(lambda x: x.delete(), state)
-        _save_model(run, run.checkpoints.restore(like, best)[0], BEST_MODEL, best)
-
-
-def _save_model(run: _Run, state: TrainState, name: str, step: int) -> None:
-    with jax.set_mesh(run.mesh) if run.mesh else contextlib.nullcontext():
-        params = jax.tree.map(_on_host, _params(run, state))
-    origin, folder = run.origin, run.output / name
-    metadata = {**origin.metadata, "step": step, "run": str(run.output.absolute())}
-    checkpoint.save(
-        folder, params, origin.model, unused=origin.unused, metadata=metadata, overwrite=True
-    )
-    barrier(name)
-    if jax.process_index() == 0:
-        print(f"{name}: {folder} (step {step})", file=sys.stderr)
-
-
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(leaf, tiled=True)
-
-
-def _shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _write_settings(config: TrainConfig, output: Path) -> None:

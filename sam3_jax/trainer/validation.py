@@ -25,7 +25,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sam3_jax import checkpoint
+from sam3_jax.checkpoint.loading import load_dtype
+from sam3_jax.checkpoint.staging import staging_folder
 from sam3_jax.config import ModelConfig
 from sam3_jax.data.annotations import annotation_file, check_pictures, load_annotations
 from sam3_jax.data.images import ImageError
@@ -135,7 +136,7 @@ class Validator:
         pictures = self._draw(predictions, evaluation)
         text = json.dumps(results) + "\n"
         # Of a step that is repeated after a resume there is one already.
-        with checkpoint.staging_folder(target, len(text), replace=True) as folder:
+        with staging_folder(target, len(text), replace=True) as folder:
             (folder / name.name).write_text(text, encoding="utf-8")
             info |= {"predictions": name.name, "negatives": self._config.negatives}
             write_report(folder, self.dataset, predictions, evaluation, info)
@@ -228,7 +229,7 @@ def _whole(mesh: Mesh | None, dtype: jnp.dtype) -> Callable[[dict], dict]:
 
     def cast(params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.astype(checkpoint.load_dtype(path_of(path), leaf, wanted)),
+            lambda path, leaf: leaf.astype(load_dtype(path_of(path), leaf, wanted)),
             params,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sam3_jax.checkpoint import flatten, unflatten
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.config import ModelConfig
 from sam3_jax.convert.convert import match
 from sam3_jax.convert.layout import hf_layout
