@@ -28,6 +28,7 @@ LAYERS = {
     "sharding": 3,
     "functional": 3,
     "training": 4,
+    "tracking": 4,
     "tokenizer": 5,
     "data": 5,
     "checkpoint": 5,
@@ -35,6 +36,8 @@ LAYERS = {
     "evaluation": 5,
     "inference": 5,
     "trainer": 5,
+    "demo": 5,
+    "video": 5,
     PACKAGE: 6,  # sam3_jax/__init__.py, the curated namespace
     "scripts": 7,  # the programs in the repository's root, benchmarks, configs
 }
@@ -53,7 +56,13 @@ NEVER = set(
     "triton".split()
 )
 # The distribution that provides a module, where the two names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
 
 
 class Import(NamedTuple):

@@ -53,28 +53,10 @@ class Concepts(tfds.core.GeneratorBasedBuilder):
     url_infos: ClassVar[dict] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text, flags = tfds.features.Text(), tfds.features.Tensor(shape=(None,), dtype=np.bool_)
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pictures with phrases and their targets.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),  # bytes of the file
-                    "image_id": text,
-                    "file_name": text,
-                    "size": tfds.features.Tensor(shape=(2,), dtype=np.int32),  # height, width
-                    "phrases": tfds.features.Sequence(text),
-                    "pair_ids": tfds.features.Sequence(text),
-                    "exhaustive": flags,
-                    "pixel_exhaustive": flags,
-                    # Of all phrases' instances; ``pair`` is the index of the phrase.
-                    "pair": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-                    "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # x, y, w, h
-                    "masks": tfds.features.Sequence(text),  # run lengths or nothing
-                    "crowd": flags,
-                    "annotation_ids": tfds.features.Sequence(text),
-                }
-            ),
+            features=concept_features(),
             metadata=tfds.core.MetadataDict(splits={}),
         )
 
@@ -159,8 +141,31 @@ def digest_of(source: Source) -> str:
     return f"{content} {(source.images or file.parent).resolve()}"
 
 
+def concept_features() -> tfds.features.FeaturesDict:
+    """What :func:`encode_scene` returns."""
+    text, flags = tfds.features.Text(), tfds.features.Tensor(shape=(None,), dtype=np.bool_)
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),  # bytes of the file
+            "image_id": text,
+            "file_name": text,
+            "size": tfds.features.Tensor(shape=(2,), dtype=np.int32),  # height, width
+            "phrases": tfds.features.Sequence(text),
+            "pair_ids": tfds.features.Sequence(text),
+            "exhaustive": flags,
+            "pixel_exhaustive": flags,
+            # Of all phrases' instances; ``pair`` is the index of the phrase.
+            "pair": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # x, y, w, h
+            "masks": tfds.features.Sequence(text),  # run lengths or nothing
+            "crowd": flags,
+            "annotation_ids": tfds.features.Sequence(text),
+        }
+    )
+
+
 def encode_scene(scene: Scene) -> dict[str, Any]:
-    """A scene as TFDS features."""
+    """A scene as TFDS features, of :func:`concept_features`."""
     picture, pairs = scene.picture, scene.pairs
     found = [(number, i) for number, pair in enumerate(pairs) for i in pair.instances]
     return {
