@@ -1,0 +1,1 @@
+"""Videos in and out: frames of files, folders, arrays and streams; overlays and results."""
