@@ -1,7 +1,7 @@
 """``evaluate.py``: measure predictions, or a checkpoint, against annotations.
 
-Exit status: 0 all pictures measured, 1 some failed (the figures are of the others), 2 could not
-start, 130 interrupted.
+Exit status: 0 all pictures or videos measured, 1 some failed (the figures are of the others), 2
+could not start, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ MIN_SCORE = 0.05  # COCO AP wants low scores too; below this one they hardly cou
 USAGE = """
   %(prog)s --gt A.json [B.json C.json] --predictions P.json --output DIR
   %(prog)s --gt A.json [B.json C.json] --checkpoint DIR [--images DIR] --output DIR
+  %(prog)s --gt VIDEOS.json|DAVIS_FOLDER --predictions FILE|FOLDER --output DIR
   optional: --images DIR, --negatives all|none, --threshold P, --min-score P, --max-bad SHARE,
-  --gallery N, --dtype auto|bfloat16|float32"""
+  --gallery N, --dtype auto|bfloat16|float32, --sequences FILE"""
 
 DESCRIPTION = """\
 Measure how well instances of phrases are found: cgF1 with all its parts, COCO AP, mIoU.
@@ -33,7 +34,15 @@ OUTPUT/predictions.json, so that a second run can measure it again with --predic
 
 OUTPUT then holds metrics.json (everything), metrics.md (the table), phrases.csv and pairs.csv (a
 row for each phrase and each image-phrase pair), and worst.png (the worst pairs, annotated and
-predicted side by side)."""
+predicted side by side).
+
+Videos, which --gt is recognised to be by its content, from --predictions:
+  YouTube-VIS and SA-Co VEval files: cgF1 of mask volumes, HOTA (of phrases and of categories) and
+    TETA; predictions in YouTube-VIS' result layout, or files with videos, categories and
+    annotations of their own, one or a folder of them. Writes metrics.json, metrics.md, pairs.csv,
+    videos.csv and phrases.csv.
+  Folders of indexed PNGs, as DAVIS has them: J&F, region similarity and contour accuracy;
+    predictions in the same layout. Writes metrics.json, metrics.md, objects.csv, sequences.csv."""
 
 EXAMPLES = """\
 examples:
@@ -46,6 +55,12 @@ examples:
   SA-Co/Gold, three annotators, predictions of any model:
     %(prog)s --gt gold_a.json gold_b.json gold_c.json --predictions coco_predictions_segm.json \\
         --output out
+
+  SA-Co VEval, or YouTube-VIS, tracks of any model:
+    %(prog)s --gt saco_veval_sav_test.json --predictions saco_veval_sav_test_preds.json \
+        --output out
+  DAVIS 2017, the sequences of its validation split:
+    %(prog)s --gt DAVIS --sequences DAVIS/ImageSets/2017/val.txt --predictions masks/ --output out
 
 What each figure is, and every choice behind it: docs/evaluation.md."""
 
@@ -65,10 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="FILE",
         type=Path,
-        help="annotations: JSON files, or one Roboflow folder",
+        help="annotations: JSON files, one Roboflow folder, or one folder in DAVIS' layout",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--predictions", metavar="FILE", type=Path, help="JSON to measure")
+    source.add_argument(
+        "--predictions",
+        metavar="FILE",
+        type=Path,
+        help="JSON to measure; of videos also a folder of such files, or of indexed PNGs",
+    )
     source.add_argument("--checkpoint", metavar="DIR", help="folder of convert_torch_weights.py")
     add(
         "--images",
@@ -87,15 +107,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--negatives",
         default="all",
         choices=("all", "none"),
-        help="COCO and Roboflow: ask for every category in every picture (default), or only for "
-        "those that are annotated in it; without negatives IL_MCC, and so cgF1, is 0",
+        help="COCO, Roboflow, YouTube-VIS: ask for every category in every picture or video "
+        "(default), or only for those that are annotated in it; without negatives IL_MCC, and so "
+        "cgF1, is 0",
     )
     add(
         "--threshold",
         default=0.5,
         metavar="P",
         type=parse_threshold,
-        help="lowest score that counts in cgF1 and mIoU (default 0.5, the protocol's)",
+        help="lowest score that counts in cgF1, mIoU, HOTA and TETA (default 0.5, the protocols')",
     )
     add(
         "--min-score",
@@ -118,6 +139,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "bfloat16", "float32"),
         help="precision of computation; auto: bfloat16 on GPU and TPU, float32 on CPU",
+    )
+    add(
+        "--sequences",
+        metavar="FILE",
+        type=Path,
+        help="DAVIS: text file with the names of the sequences to measure (default: all)",
     )
 
 
@@ -149,7 +176,14 @@ def _run(args: argparse.Namespace) -> int:
     from sam3_jax.evaluation.measure import measure
     from sam3_jax.evaluation.predictions import load_predictions
     from sam3_jax.evaluation.report import write_report
+    from sam3_jax.evaluation.video.annotations import video_layout
+    from sam3_jax.evaluation.video.command import run_videos
 
+    layouts = [video_layout(path) for path in args.gt]
+    if any(layouts):
+        run_videos(args, layouts)
+        print(f"written to {args.output}")
+        return 0
     images = args.images or annotation_file(args.gt[0]).parent
     if args.images and not args.images.is_dir():
         raise UsageError(f"{args.images}: no such folder; --images names that of the pictures")
