@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 import data_sets
 from sam3_jax.data.builder import Source, digest_of, prepare
@@ -113,6 +114,17 @@ print(sum(len(p.instances) for s in map(open_split(folder, "train").__getitem__,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-2:] == ["6", "False"]  # nor jax: reading starts at once
+
+
+def test_more_than_fits_into_memory(photos, monkeypatch):
+    """Above a gigabyte TFDS shuffles through temporary files, which are TensorFlow's by default."""
+    file = data_sets.write_json(photos / "a.json", data_sets.coco())
+    within = prepare({"train": Source(file)}, photos / "out", "within")
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 100)
+    beyond = prepare({"train": Source(file)}, photos / "out", "beyond")
+    first, second = open_split(within, "train"), open_split(beyond, "train")
+    assert [first[i] for i in range(3)] == [second[i] for i in range(3)]
+    assert not list(beyond.glob("*.tmp"))
 
 
 def test_bad_entries_are_counted_by_id_and_left_out(photos, capsys):

@@ -27,6 +27,7 @@ from sam3_jax.data.images import ImageError
 from sam3_jax.data.pictures import decode_as_annotated
 from sam3_jax.data.records import AnnotationError, Instance, Problems
 from sam3_jax.data.scenes import Scene, Vocabulary, scenes_of, vocabulary_of
+from sam3_jax.data.shuffling import plain_files
 
 
 class Source(NamedTuple):
@@ -121,13 +122,13 @@ def prepare(
                     f"{source.annotations}; choose another name, or overwrite it"
                 )
         return path
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-            download_mode=tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS
-            if overwrite
-            else tfds.download.GenerateMode.REUSE_DATASET_IF_EXISTS
+    mode = tfds.download.GenerateMode.REUSE_DATASET_IF_EXISTS
+    if overwrite:
+        mode = tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS
+    with plain_files():
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(download_mode=mode)
         )
-    )
     return path
 
 

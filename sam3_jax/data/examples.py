@@ -194,7 +194,9 @@ def _prompt(
     rng: np.random.Generator,
 ) -> Prompt:
     size = (config.mask_size, config.mask_size)
-    visual, positive, negative = draw_exemplars(len(targets), len(others), config.sampling, rng)
+    visual, positive, negative = draw_exemplars(
+        candidate.phrase, len(targets), len(others), config.sampling, rng
+    )
     exemplars = [targets[i] for i in positive] + [others[i] for i in negative]
     boxes = []
     for target in exemplars:

@@ -6,6 +6,7 @@ targets) and ``point_sampling.py`` (noise of boxes). All functions take a numpy 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class SamplingConfig:
     hard: float = 0.5  # of the negatives, the share drawn among those like a phrase that is
     max_targets: int = 200  # phrases with more are dropped
     visual: float = 0.0  # share of the phrases replaced by exemplar boxes; the paper's .2
+    visual_phrases: str = ""  # only phrases that match (a regular expression) are replaced
     boxes: float = 0.0  # share of the others that get exemplar boxes besides; the paper's .2
     max_exemplars: int = 1  # positive boxes of a prompt
     negative_exemplars: float = 0.0  # chance of a further box, around another phrase's target
@@ -121,17 +123,23 @@ def noisy_box(
 
 
 def draw_exemplars(
-    num_targets: int, num_others: int, config: SamplingConfig, rng: np.random.Generator
+    phrase: str,
+    num_targets: int,
+    num_others: int,
+    config: SamplingConfig,
+    rng: np.random.Generator,
 ) -> tuple[bool, Int[np.ndarray, " e"], Int[np.ndarray, " o"]]:
     """Whether boxes replace the phrase, and which targets are exemplars.
 
     Args:
+      phrase: whether it may be replaced is ``config.visual_phrases``' to say.
       num_targets: of the phrase; without any there are no exemplars.
       num_others: targets of the picture's other phrases.
 
     Returns ``visual``, indices of positive boxes among the targets, of negative among the others.
     """
     visual, added, extra = rng.random(3) < (config.visual, config.boxes, config.negative_exemplars)
+    visual = visual and bool(re.search(config.visual_phrases, phrase))
     none = np.zeros(0, np.int64)
     if not (visual or added) or not num_targets:
         return False, none, none

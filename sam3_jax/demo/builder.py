@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sam3_jax.data.builder import concept_features, encode_scene
 from sam3_jax.data.records import AnnotationError
 from sam3_jax.data.scenes import Scene, Vocabulary
+from sam3_jax.data.shuffling import plain_files
 from sam3_jax.demo.layout import SceneConfig
 from sam3_jax.demo.scene import make_scene
 
@@ -112,7 +113,8 @@ def write_train(folder: Path, config: ShapesConfig) -> Path:
     work = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(work, ignore_errors=True)
     builder = Shapes(config=config, data_dir=work, file_format="array_record")
-    builder.download_and_prepare()
+    with plain_files():
+        builder.download_and_prepare()
     Path(builder.data_path).rename(folder)
     shutil.rmtree(work)
     return folder
