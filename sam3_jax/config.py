@@ -3,6 +3,10 @@
 Every default is the released model's (``sam3/model_builder.py`` upstream). The dataclasses are
 mutable so that ``ml_collections.config_flags`` can override single fields; modules read them and
 never write.
+
+Two fields are for training and change no value. ``remat``: a block is computed again in the
+backward pass instead of being kept. ``scan``: equal blocks are one loop of the compiled program
+instead of being written out one by one; random numbers of dropout differ.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5  # of the container that was converted; HF's files say 1e-6
     drop_path: float = 0.1
     remat: bool = False
+    scan: bool = False
 
 
 @dataclass
@@ -43,6 +48,7 @@ class TextConfig:
     mlp_dim: int = 4096
     layer_norm_eps: float = 1e-5
     remat: bool = False
+    scan: bool = False
 
 
 @dataclass
@@ -67,6 +73,7 @@ class FusionConfig:
     dropout: float = 0.1
     num_levels: int = 1  # coarsest pyramid levels that are fused; released: the stride-14 one
     remat: bool = False
+    scan: bool = False
 
 
 @dataclass
@@ -149,10 +156,15 @@ def sam3() -> ModelConfig:
     return ModelConfig()
 
 
-def rematerialized(model: ModelConfig) -> ModelConfig:
-    """``model`` whose layers are computed again in the backward pass: little memory, some time."""
+def rematerialized(model: ModelConfig, *, scan: bool = False) -> ModelConfig:
+    """``model`` whose layers are computed again in the backward pass: little memory, some time.
+
+    ``scan``: equal blocks as loops besides, which TPUs need for a program that can be compiled.
+    """
     for part in (model.vision, model.text, model.fusion, model.decoder):
         part.remat = True
+    for part in (model.vision, model.text, model.fusion):
+        part.scan = scan
     return model
 
 
@@ -181,7 +193,34 @@ def tiny() -> ModelConfig:
     )
 
 
-NAMED = {"sam3": sam3, "tiny": tiny}
+def demo() -> ModelConfig:
+    """Every stage, small enough to be trained on two cores and shipped (256 pixels, 32x32 grid)."""
+    return ModelConfig(
+        image_size=256,
+        dim=64,
+        vision=VisionConfig(
+            patch_size=8,
+            dim=128,
+            depth=6,
+            num_heads=4,
+            mlp_dim=384,
+            window_size=8,
+            global_blocks=(1, 3, 5),
+            pos_grid=8,
+            drop_path=0.0,
+        ),
+        text=TextConfig(context_length=16, dim=64, depth=2, num_heads=4, mlp_dim=128),
+        geometry=GeometryConfig(depth=1, num_heads=4, mlp_dim=256, dropout=0.0),
+        fusion=FusionConfig(depth=2, num_heads=4, mlp_dim=256, dropout=0.0),
+        decoder=DecoderConfig(depth=3, num_heads=4, mlp_dim=256, dropout=0.0, num_queries=32),
+        scoring=ScoringConfig(mlp_dim=256, dropout=0.0),
+        segmentation=SegmentationConfig(num_heads=4),
+        sam=SamConfig(num_heads=4, mlp_dim=256),
+        memory=MemoryConfig(dim=16, attention_depth=2, mlp_dim=256, dropout=0.0),
+    )
+
+
+NAMED = {"sam3": sam3, "demo": demo, "tiny": tiny}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Upstream: ``sam3/model/encoder.py``.
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import FusionConfig
 from sam3_jax.models.layers import CrossAttentionLayer
+from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.ops.position import sine_grid
 from sam3_jax.types import Levels
 
@@ -54,10 +56,12 @@ class FusionEncoder(nn.Module):
                 total_repeat_length=pos.shape[0],
             )
         pos = pos[None]
+        x = x.astype(jnp.float32)
+        if cfg.scan and not self.is_initializing():
+            return self._scan(x, prompt, pos, prompt_mask, deterministic), pos
         layer = CrossAttentionLayer
         if cfg.remat:
             layer = nn.remat(layer, static_argnums=(7,))  # deterministic
-        x = x.astype(jnp.float32)
         for i in range(cfg.depth):
             x = layer(
                 self.dim,
@@ -69,3 +73,35 @@ class FusionEncoder(nn.Module):
                 name=f"layer_{i}",
             )(x, prompt, pos, None, None, prompt_mask, deterministic)
         return x, pos
+
+    def _scan(
+        self,
+        x: Float[Array, "p n d"],
+        prompt: Float[Array, "p m d"],
+        pos: Float[Array, "#p n d"],
+        prompt_mask: Bool[Array, "p m"],
+        deterministic: bool,
+    ) -> Float[Array, "p n d"]:
+        """All layers as one loop. Dropout draws other numbers than without."""
+        cfg = self.config
+        module = CrossAttentionLayer(
+            self.dim,
+            cfg.num_heads,
+            cfg.mlp_dim,
+            cfg.dropout,
+            xavier=True,
+            dtype=self.dtype,
+            parent=None,
+        )
+        layers = stack_blocks([self.variables["params"][f"layer_{i}"] for i in range(cfg.depth)])
+        keys = None
+        if cfg.dropout and not deterministic:
+            keys = jax.random.split(self.make_rng("dropout"), cfg.depth)
+
+        def layer(x: Array, entry: tuple) -> Array:
+            params, key = entry
+            rngs = None if key is None else {"dropout": key}
+            args = (x, prompt, pos, None, None, prompt_mask, deterministic)
+            return module.apply({"params": params}, *args, rngs=rngs)
+
+        return scan_blocks(layer, x, (layers, keys), remat=cfg.remat)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.ops.attention import BATCH_AXES, attention
+from sam3_jax.ops.convolution import conv2d
 from sam3_jax.ops.rope import Rope, apply_rope
 
 Init = str  # a key of KERNEL_BOUND, "normal" is not among them: embeddings use nn.initializers
@@ -121,15 +122,7 @@ class Conv(nn.Module):
         if size == self.stride and not self.pad and self.groups == 1:
             y = self._patches(x, kernel)
         else:
-            y = lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                [(self.pad, self.pad)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-                precision=precision(self.dtype),
-            )
+            y = conv2d(x, kernel, self.stride, self.pad, self.groups, precision(self.dtype))
         if self.use_bias:
             bias = self.param(
                 "bias", lambda key: _init_bias("torch", key, fan_in, (self.features,))
@@ -191,7 +184,9 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = x.astype(jnp.float32)
+        # Pinned, forwards and backwards: in training XLA would pass activations between chips to
+        # suit split parameters, where it can fetch the parameters.
+        x = shard_batch(x.astype(jnp.float32))
         x = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(x).mean(axis=-1, keepdims=True)
         return (x * lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
@@ -328,17 +323,18 @@ def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for whole samples (needs the "dropout" rng).
 
-    ``rows`` successive entries of the leading axis belong to one sample (attention windows).
+    ``rows`` successive entries of the leading axis belong to one sample (attention windows). The
+    rate may be an array, as where blocks of several rates are one loop.
     """
 
-    rate: float
+    rate: float | Float[Array, ""]
     rows: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b ..."], *, deterministic: bool = True
     ) -> Float[Array, "b ..."]:
-        if deterministic or self.rate == 0.0:
+        if deterministic or (isinstance(self.rate, float) and self.rate == 0.0):
             return x
         samples = x.shape[0] // self.rows
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (samples,))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sam3_jax.config import TextConfig
 from sam3_jax.models.layers import Attention, Embedding, LayerNorm, Linear, Mlp, gelu
+from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.types import TextFeatures
 
 
@@ -47,9 +48,23 @@ class TextEncoder(nn.Module):
             cfg.context_length, cfg.dim, nn.initializers.normal(0.01), name="pos_embed"
         )()
         x = table[token_ids].astype(jnp.float32) + position[:length]
-        block = nn.remat(TextBlock) if cfg.remat else TextBlock
-        for i in range(cfg.depth):
-            x = block(cfg, self.dtype, name=f"block_{i}")(x)
+        if cfg.scan and not self.is_initializing():
+            x = self._scan(x)
+        else:
+            block = nn.remat(TextBlock) if cfg.remat else TextBlock
+            for i in range(cfg.depth):
+                x = block(cfg, self.dtype, name=f"block_{i}")(x)
         x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm_final")(x)
         tokens = Linear(self.dim, dtype=self.dtype, name="resizer")(x)
         return TextFeatures(tokens, token_ids != 0)
+
+    def _scan(self, x: Float[Array, "t n d"]) -> Float[Array, "t n d"]:
+        """All blocks as one loop."""
+        module = TextBlock(self.config, self.dtype, parent=None)
+        blocks = [self.variables["params"][f"block_{i}"] for i in range(self.config.depth)]
+        return scan_blocks(
+            lambda x, params: module.apply({"params": params}, x),
+            x,
+            stack_blocks(blocks),
+            remat=self.config.remat,
+        )

@@ -5,15 +5,19 @@ Upstream: ``sam3/model/vitdet.py``.
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sam3_jax.config import VisionConfig
 from sam3_jax.models.layers import Attention, Conv, DropPath, LayerNorm, Mlp, gelu, shard_batch
+from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.ops import windows
 from sam3_jax.ops.rope import Rope, axial_rope
 
@@ -26,7 +30,7 @@ class Block(nn.Module):
     """
 
     config: VisionConfig
-    drop_path: float
+    drop_path: float | Float[Array, ""]
     window: int = 0
     rows: int = 1
     dtype: DTypeLike = jnp.float32
@@ -101,37 +105,121 @@ class VisionTransformer(nn.Module):
     def _blocks(self, x: Float[Array, "b h w d"], deterministic: bool) -> Float[Array, "b h w d"]:
         """Runs of window blocks stay cut in windows; only global blocks need the whole map."""
         cfg = self.config
-        side, (height, width) = cfg.window_size, x.shape[1:3]
-        exact = height % side == 0 and width % side == 0
-        per_image = (height // side) * (width // side)
-        head_dim = cfg.dim // cfg.num_heads
-        local = axial_rope(side, side, head_dim, theta=cfg.rope_theta)
-        whole = axial_rope(
-            height,
-            width,
-            head_dim,
-            theta=cfg.rope_theta,
-            scale_y=side / height,
-            scale_x=side / width,
-        )
+        grid = Grid(*x.shape[1:3], cfg.window_size)
+        if cfg.scan and not self.is_initializing():
+            return self._scan(x, grid, deterministic)
         block = nn.remat(Block, static_argnums=(3,)) if cfg.remat else Block
-        cut = False
-        for i in range(cfg.depth):
-            windowed = i not in cfg.global_blocks
-            if exact and windowed != cut:
-                x = (
-                    windows.partition(x, side)
-                    if windowed
-                    else windows.unpartition(x, height, width)
-                )
-                x = shard_batch(x)
-                cut = windowed
+        for i, windowed in enumerate(_windowed(cfg)):
+            x = grid.arrange(x, windowed=windowed)
             x = block(
                 cfg,
                 drop_path=cfg.drop_path * i / max(cfg.depth - 1, 1),
-                window=side if windowed and not exact else 0,
-                rows=per_image if cut else 1,
+                window=cfg.window_size if windowed and not grid.exact else 0,
+                rows=grid.windows if windowed and grid.exact else 1,
                 dtype=self.dtype,
                 name=f"block_{i}",
-            )(x, local if windowed else whole, deterministic)
-        return windows.unpartition(x, height, width) if cut else x
+            )(x, self._rope(grid, windowed=windowed), deterministic)
+        return grid.arrange(x, windowed=False)
+
+    def _scan(
+        self, x: Float[Array, "b h w d"], grid: Grid, deterministic: bool
+    ) -> Float[Array, "b h w d"]:
+        """The blocks as a loop over groups (released: 4) with a loop over each run of equal blocks.
+
+        Every block draws its drop path with a key of its own, other ones than without ``scan``.
+        """
+        cfg = self.config
+        rates, keys = [None] * cfg.depth, [None] * cfg.depth
+        if cfg.drop_path and not deterministic:
+            rates = jnp.linspace(0.0, cfg.drop_path, cfg.depth)
+            keys = jax.random.split(self.make_rng("dropout"), cfg.depth)
+        params = self.variables["params"]
+        blocks = [(params[f"block_{i}"], rates[i], keys[i]) for i in range(cfg.depth)]
+
+        def run(x: Array, windowed: bool, entries: PyTree) -> Array:
+            rope = self._rope(grid, windowed=windowed)
+
+            def block(x: Array, entry: tuple) -> Array:
+                params, rate, key = entry
+                module = Block(
+                    cfg,
+                    drop_path=0.0 if rate is None else rate,
+                    window=cfg.window_size if windowed and not grid.exact else 0,
+                    rows=grid.windows if windowed and grid.exact else 1,
+                    dtype=self.dtype,
+                    parent=None,
+                )
+                rngs = None if key is None else {"dropout": key}
+                return module.apply({"params": params}, x, rope, deterministic, rngs=rngs)
+
+            return scan_blocks(block, grid.arrange(x, windowed=windowed), entries, remat=cfg.remat)
+
+        kinds = _windowed(cfg)
+        period = next(p for p in range(1, cfg.depth + 1) if _repeats(kinds, p))
+        runs = [
+            (windowed, [i for i, _ in numbered])
+            for windowed, numbered in itertools.groupby(enumerate(kinds[:period]), lambda x: x[1])
+        ]
+
+        def group(x: Array, stacks: list[PyTree]) -> Array:
+            for (windowed, _), entries in zip(runs, stacks, strict=True):
+                x = run(x, windowed, entries)
+            return grid.arrange(x, windowed=False)
+
+        starts = range(0, cfg.depth, period)
+        stacks = [
+            stack_blocks([blocks[start + i] for start in starts for i in members], len(starts))
+            for _, members in runs
+        ]
+        return scan_blocks(group, x, stacks, remat=False)
+
+    def _rope(self, grid: Grid, *, windowed: bool) -> Rope:
+        """Positions within a window; over a whole map they are scaled to a window's."""
+        cfg, side = self.config, grid.side
+        head_dim = cfg.dim // cfg.num_heads
+        if windowed:
+            return axial_rope(side, side, head_dim, theta=cfg.rope_theta)
+        return axial_rope(
+            grid.height,
+            grid.width,
+            head_dim,
+            theta=cfg.rope_theta,
+            scale_y=side / grid.height,
+            scale_x=side / grid.width,
+        )
+
+
+class Grid(NamedTuple):
+    """Cells of a map, and the side of the windows that it is cut into."""
+
+    height: int
+    width: int
+    side: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether windows need no padding; else every block pads and cuts for itself."""
+        return self.height % self.side == 0 and self.width % self.side == 0
+
+    @property
+    def windows(self) -> int:
+        """Whole windows a map."""
+        return (self.height // self.side) * (self.width // self.side)
+
+    def arrange(self, x: Float[Array, "b h w d"], *, windowed: bool) -> Float[Array, "b2 h2 w2 d"]:
+        """``x`` as windows (where they are exact) or as whole maps, whichever of them it is."""
+        cut = windowed and self.exact
+        if x.shape[1:3] == ((self.side, self.side) if cut else (self.height, self.width)):
+            return x
+        if cut:
+            return shard_batch(windows.partition(x, self.side))
+        return shard_batch(windows.unpartition(x, self.height, self.width))
+
+
+def _windowed(config: VisionConfig) -> list[bool]:
+    """Whether a block attends within windows only."""
+    return [i not in config.global_blocks for i in range(config.depth)]
+
+
+def _repeats(kinds: list[bool], period: int) -> bool:
+    return kinds == kinds[:period] * (len(kinds) // period)

@@ -7,6 +7,7 @@ points, most of them where the prediction is uncertain (``mask_sampling.py``; Po
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -110,14 +111,26 @@ def pair_mask_losses(
     # Gathered once: in the loop, the gradient of ``pred`` would be a sum over all steps.
     source = split(jnp.take_along_axis(pred, pairs.query[:, :, None, None], axis=1))
     target, weight = split(pairs.target), split(pairs.weight)
-    keys = None if points is None else jax.random.split(key, steps)
+    used = (weight > 0).any(axis=(1, 2))
+    at = None
+    if points is not None:
+        # Kept for the backward pass (100 KB a pair), which would have to sort all candidates again.
+        shape = (*source.shape[1:3], points.count, 2)
 
-    def compare(source: Array, target: Array, weight: Array, key: Array | None) -> Array:
+        def draw(x: tuple) -> Array:
+            used, source, key = x
+            choose = functools.partial(_draw_points, points=points)
+            return lax.cond(used, choose, lambda *_: jnp.zeros(shape), source, key)
+
+        keys = jax.random.split(key, steps)
+        at = lax.map(draw, (used, lax.stop_gradient(source), keys))
+
+    def compare(source: Array, target: Array, weight: Array, at: Array | None) -> Array:
         goal = jnp.take_along_axis(masks, target[:, :, None, None], axis=1)
-        if points is None:
+        if at is None:
             logits, goal = _at_target_size(source, goal)
         else:
-            logits, goal = _at_points(source, goal, points, key)
+            logits, goal = sample_map(source, at), sample_map(goal, at)
         focal = mask_focal(logits, goal, alpha=alpha, gamma=gamma)
         return jnp.stack([(focal * weight).sum(), (mask_dice(logits, goal) * weight).sum()])
 
@@ -125,8 +138,7 @@ def pair_mask_losses(
         used, *arrays = x
         return lax.cond(used, compare, lambda *_: jnp.zeros(2), *arrays)
 
-    used = (weight > 0).any(axis=(1, 2))
-    sums = lax.map(jax.checkpoint(step), (used, source, target, weight, keys)).sum(0)
+    sums = lax.map(jax.checkpoint(step), (used, source, target, weight, at)).sum(0)
     return sums[0], sums[1]
 
 
@@ -190,16 +202,12 @@ def _at_target_size(
     return logits, goal.reshape(*goal.shape[:2], -1)
 
 
-def _at_points(
-    source: Float[Array, "p c h w"],
-    goal: Shaped[Array, "p c h2 w2"],
-    points: PointSampling,
-    key: PRNGKeyArray,
-) -> tuple[Float[Array, "p c n"], Float[Array, "p c n"]]:
+def _draw_points(
+    logits: Float[Array, "p c h w"], key: PRNGKeyArray, points: PointSampling
+) -> Float[Array, "p c n 2"]:
     first, second = jax.random.split(key)
     doubtful = int(points.importance * points.count)
-    shape = source.shape[:2]
+    shape = logits.shape[:2]
     drawn = jax.random.uniform(first, (*shape, int(points.oversample * points.count), 2))
     others = jax.random.uniform(second, (*shape, points.count - doubtful, 2))
-    at = uncertain_points(lax.stop_gradient(source), drawn, others, doubtful)
-    return sample_map(source, at), sample_map(goal, at)
+    return uncertain_points(logits, drawn, others, doubtful)

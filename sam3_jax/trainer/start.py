@@ -75,7 +75,7 @@ def barrier(name: str) -> None:
 
 
 def training_model(wanted: ModelConfig, sizes: ModelConfig, resolution: int) -> ModelConfig:
-    """The model of ``sizes`` with what belongs to training (dropout, drop path, remat) as wanted.
+    """The model of ``sizes`` with what belongs to training (dropout, drop path, remat, scan) as wanted.
 
     Raises:
       RunError: on a resolution that is not a multiple of the patch size.
@@ -89,7 +89,7 @@ def training_model(wanted: ModelConfig, sizes: ModelConfig, resolution: int) -> 
             f"{patch * model.vision.window_size}"
         )
     for part in ("vision", "text", "geometry", "fusion", "decoder", "scoring", "memory"):
-        for name in ("drop_path", "dropout", "remat"):
+        for name in ("drop_path", "dropout", "remat", "scan"):
             if hasattr(getattr(model, part), name):
                 setattr(getattr(model, part), name, getattr(getattr(wanted, part), name))
     return model
