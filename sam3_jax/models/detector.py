@@ -1,9 +1,10 @@
-"""SAM 3: backbones, detector and tracker behind four entry points.
+"""SAM 3: backbones, detector and tracker behind a few entry points.
 
 Upstream: ``sam3/model/sam3_image.py``.
 
 ``encode_image`` and ``encode_text`` run once an image and once a phrase; ``ground`` (concept
-prompts) and ``click`` (points, box, mask) pair their outputs by index. All are pure functions of
+prompts) and ``click`` (points, box, mask) pair their outputs by index. In video ``track`` finds an
+object by its memory, which ``encode_memory`` and ``mask_pointer`` make. All are pure functions of
 the parameters: ``Sam3(config, dtype).apply({"params": params}, ..., method="ground")``.
 """
 
@@ -25,7 +26,7 @@ from sam3_jax.models.neck import Neck
 from sam3_jax.models.scoring import Scoring
 from sam3_jax.models.segmentation import SegmentationHead
 from sam3_jax.models.text import TextEncoder
-from sam3_jax.models.tracker import Tracker
+from sam3_jax.models.tracker import Recall, Tracked, Tracker
 from sam3_jax.models.vit import VisionTransformer
 from sam3_jax.types import (
     ClickOutput,
@@ -172,6 +173,33 @@ class Sam3(nn.Module):
         ``image_index``: image of each prompt; None: prompt i is about image i.
         """
         return self.tracker.click(levels, prompt, image_index)
+
+    def click_one(
+        self, levels: Levels, prompt: ClickPrompt, multimask: Bool[Array, " p"]
+    ) -> Tracked:
+        """As ``click`` by P prompts on one frame, decided for one mask each, with its pointer.
+
+        ``multimask``: whether to choose among three masks, as for a single point.
+        """
+        index = jnp.zeros(len(prompt.points), jnp.int32)
+        return self.tracker.decide(self.tracker.click(levels, prompt, index), multimask)
+
+    def track(self, levels: Levels, recall: Recall, *, multimask: bool = True) -> Tracked:
+        """Finds remembered objects in one frame (see :class:`Recall`)."""
+        return self.tracker.track(levels, recall, multimask=multimask)
+
+    def mask_pointer(self, levels: Levels, masks: Float[Array, "s h w"]) -> Float[Array, "s d"]:
+        """Pointers of objects that masks (0..1, 16 times the coarsest map) show on one frame."""
+        return self.tracker.mask_pointer(levels, masks)
+
+    def encode_memory(
+        self,
+        coarse: Float[Array, "1 h w d"],
+        masks: Float[Array, "s mh mw"],
+        present: Bool[Array, " s"],
+    ) -> Float[Array, "s h w c"]:
+        """Memory maps of objects in one frame; ``masks``: probability x 20 - 10."""
+        return self.tracker.encode_memory(coarse, masks, present)
 
     def touch(self, pixels: Float[Array, "b hp wp 3"], token_ids: Int[Array, "t n"]) -> None:
         """Runs every part once, for ``init``."""

@@ -2,23 +2,59 @@
 
 Upstream: ``sam3/model/sam3_tracker_base.py``.
 
-On single images only the interactive head runs; the memory parts have their parameters here and
-serve video.
+On single images only the interactive head runs (``click``). In video a frame's map first reads an
+object's memory (``track``), and what was found becomes memory again (``encode_memory``). Which
+memories a frame reads is ``sam3_jax.tracking``'s business; here they are plain arrays.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.models.layers import Conv, Embedding, Head, Linear
 from sam3_jax.models.memory import FusedMaskEncoder, MemoryAttention
-from sam3_jax.models.sam_heads import MaskDecoder, PromptEncoder
-from sam3_jax.ops.rope import axial_rope
+from sam3_jax.models.sam_heads import NOT_A_POINT, MaskDecoder, PromptEncoder
+from sam3_jax.ops.masks import stability_score
+from sam3_jax.ops.position import sine_grid
+from sam3_jax.ops.rope import Rope, axial_rope
 from sam3_jax.types import ClickOutput, ClickPrompt, Levels
+
+ABSENT = -1024.0  # mask logit everywhere of an object that is not in the frame
+
+
+class Recall(NamedTuple):
+    """What S objects remember, as one frame reads it.
+
+    ``rows``: row of the temporal embedding of each map, -1 where it is not read. ``times``:
+    temporal position of each pointer, 1 is the furthest that was trained.
+    """
+
+    maps: Float[Array, "s k h w c"]
+    rows: Int[Array, "s k"]
+    pointers: Float[Array, "s p d"]
+    times: Float[Array, "s p"]
+    pointer_mask: Bool[Array, "s p"]
+
+
+class Tracked(NamedTuple):
+    """One mask an object: logits at the finest level's side, -1024 where the object is absent.
+
+    ``pointers`` is the learned absence where ``object_logits`` is not positive.
+    """
+
+    masks: Float[Array, "s h w"]
+    iou: Float[Array, " s"]
+    object_logits: Float[Array, " s"]
+    pointers: Float[Array, "s d"]
 
 
 class Tracker(nn.Module):
@@ -87,6 +123,121 @@ class Tracker(nn.Module):
         present = (object_logits > 0)[:, None]
         return jnp.where(present, self.pointer_head(token), self.no_object_pointer()[0])
 
+    def condition(self, coarse: Float[Array, "1 h w d"], recall: Recall) -> Float[Array, "s h w d"]:
+        """One frame's map as it looks to each object that remembers ``recall``.
+
+        Upstream: ``_prepare_memory_conditioned_features``. Maps are rotated like the frame's own
+        cells, pointers (parted into tokens of the memory's width) are not.
+        """
+        cfg = self.config
+        slots, maps, height, width, dim = recall.maps.shape
+        parts = cfg.dim // dim
+        times = _sine_halves(recall.times, cfg.dim)
+        times = repeat(self.pointer_time_proj(times), "s p c -> s (p n) c", n=parts)
+        table = self.memory_time_embed()[jnp.maximum(recall.rows, 0)]
+        cells = rearrange(sine_grid(height, width, dim), "h w c -> 1 1 (h w) c")
+        cells = rearrange(cells + table[:, :, None], "s k n c -> s (k n) c")
+        tokens = [
+            rearrange(recall.maps, "s k h w c -> s (k h w) c").astype(self.dtype),
+            rearrange(recall.pointers, "s p (n c) -> s (p n) c", c=dim).astype(self.dtype),
+        ]
+        mask = [
+            repeat(recall.rows >= 0, "s k -> s (k n)", n=height * width),
+            repeat(recall.pointer_mask, "s p -> s (p n)", n=parts),
+        ]
+        rope = axial_rope(
+            height, width, cfg.dim // cfg.memory.attention_heads, theta=cfg.memory.rope_theta
+        )
+        rest = np.zeros((tokens[1].shape[1], rope.cos.shape[1]), np.float32)
+        key_rope = Rope(  # tiled in the program: as a constant it would be tens of megabytes
+            jnp.concatenate([jnp.tile(rope.cos, (maps, 1)), rest + 1]),
+            jnp.concatenate([jnp.tile(rope.sin, (maps, 1)), rest]),
+        )
+        flat = rearrange(coarse, "1 h w d -> 1 (h w) d")
+        out = self.memory_attention(
+            jnp.broadcast_to(flat, (slots, *flat.shape[1:])),
+            jnp.asarray(rearrange(sine_grid(height, width, cfg.dim), "h w d -> 1 (h w) d")),
+            jnp.concatenate(tokens, axis=1),
+            jnp.concatenate([cells, times], axis=1),
+            jnp.concatenate(mask, axis=1),
+            rope,
+            key_rope,
+        )
+        return rearrange(out, "s (h w) d -> s h w d", h=height)
+
+    def track(self, levels: Levels, recall: Recall, *, multimask: bool) -> Tracked:
+        """Finds remembered objects in one frame, without prompts on it.
+
+        Args:
+          levels: projected pyramid of the frame.
+          multimask: choose among three masks instead of taking the single one.
+        """
+        fine, middle, coarse = levels
+        coarse = self.condition(coarse, recall)
+        slots = len(recall.rows)
+        prompt = self._no_points(slots, fine.shape[1:3])
+        output = self.heads((*_spread((fine, middle), slots), coarse), prompt)
+        return self.decide(output, jnp.full(slots, multimask))
+
+    def decide(self, output: ClickOutput, multimask: Bool[Array, " p"]) -> Tracked:
+        """One mask of each object's hypotheses, and its pointer.
+
+        With ``multimask`` the best of three by the model's estimate; else the single one, which
+        gives way to that best where it is not stable, while the pointer stays the single one's.
+        """
+        cfg = self.config.sam
+        best = 1 + jnp.argmax(output.iou[:, 1:], axis=1)
+        stable = stability_score(output.masks[:, 0], cfg.stability_delta) >= cfg.stability_threshold
+        index = jnp.where(~multimask & stable, 0, best)
+        present = output.object_logits > 0
+        masks = jnp.where(present[:, None, None], _take(output.masks, index), ABSENT)
+        token = _take(output.tokens, jnp.where(multimask, best, 0))
+        pointers = self.object_pointer(token, output.object_logits)
+        return Tracked(masks, _take(output.iou, index), output.object_logits, pointers)
+
+    def mask_pointer(self, levels: Levels, masks: Float[Array, "s h w"]) -> Float[Array, "s d"]:
+        """Pointers of objects that are given by masks on one frame.
+
+        Args:
+          levels: projected pyramid of the frame. The map is read as it is: neither memory nor its
+            learned absence.
+          masks: 0..1 at four times the finest level's sides.
+        """
+        prompt = self._no_points(len(masks), levels[0].shape[1:3])
+        logits = self.mask_downsample(masks[..., None])[..., 0]
+        prompt = prompt._replace(mask_input=logits, has_mask=jnp.ones(len(masks), bool))
+        output = self.heads(_spread(levels, len(masks)), prompt)
+        pointers = self.object_pointer(output.tokens[:, 0], output.object_logits)
+        present = (masks > 0).any(axis=(1, 2))[:, None]
+        return jnp.where(present, pointers, self.no_object_pointer()[0])
+
+    def encode_memory(
+        self,
+        coarse: Float[Array, "1 h w d"],
+        masks: Float[Array, "s mh mw"],
+        present: Bool[Array, " s"],
+    ) -> Float[Array, "s h w c"]:
+        """Memory maps of objects in one frame.
+
+        Args:
+          masks: as the encoder was trained on them: probability x 20 - 10. Sides that are not 16
+            times the map's are resized.
+          present: where False, the map says so by a learned embedding.
+        """
+        coarse = jnp.broadcast_to(coarse, (len(masks), *coarse.shape[1:]))
+        memory = self.memory_encoder(coarse, masks[..., None])
+        absent = jnp.where(present[:, None], 0.0, self.no_object_embed())
+        return memory + absent[:, None, None].astype(memory.dtype)
+
+    def _no_points(self, slots: int, size: tuple[int, int]) -> ClickPrompt:
+        """The empty prompt of video: one "not a point" token besides the one always appended."""
+        return ClickPrompt(
+            jnp.zeros((slots, 1, 2)),
+            jnp.full((slots, 1), NOT_A_POINT, jnp.int32),
+            jnp.zeros((slots, *size)),
+            jnp.zeros(slots, bool),
+        )
+
     def touch(self, coarse: Float[Array, "b h w d"]) -> None:
         """Calls what single images do not use, so that ``init`` makes its parameters."""
         batch, height, width = coarse.shape[:3]
@@ -103,3 +254,19 @@ class Tracker(nn.Module):
         self.pointer_time_proj(flat[:, :1])
         self.no_object_embed()
         self.memory_time_embed()
+
+
+def _spread(levels: Levels, slots: int) -> Levels:
+    """One frame's levels, seen by every object."""
+    return tuple(jnp.broadcast_to(level, (slots, *level.shape[1:])) for level in levels)
+
+
+def _take(values: Float[Array, "p m ..."], index: Int[Array, " p"]) -> Float[Array, "p ..."]:
+    return jax.vmap(lambda v, i: v[i])(values, index)
+
+
+def _sine_halves(x: Float[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
+    """All sines, then all cosines, without a factor 2 pi (upstream ``get_1d_sine_pe``)."""
+    pair = np.arange(dim // 2) // 2
+    angle = x.astype(jnp.float32)[..., None] / np.float32(10000.0) ** (4 * pair / np.float32(dim))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
