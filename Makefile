@@ -1,4 +1,5 @@
-# `make test` and `make test-full` work on a fresh machine: they make .venv, install, and run.
+# `make demo`, `make test` and `make test-full` work on a fresh machine: they make .venv, install,
+# and run.
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS,
 # JOBS (test processes).
 
@@ -19,11 +20,17 @@ LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "$(PYTHON) is older than 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-full lint format clean
+.PHONY: help demo venv test test-full lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/demo.stamp  ## find things in pictures, with weights that are here already (2 minutes)
+	$(BIN)/python -m sam3_jax.demo --output demo
 
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
 
@@ -48,11 +55,18 @@ clean:  ## remove the environment, caches and build outputs
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Nothing but the package: no torch.
+.venv/demo.stamp: pyproject.toml Makefile
+	@$(CHECK_PYTHON)
+	@echo "Installing into .venv (a few minutes; again only when pyproject.toml changes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
 # torch first, so that nothing installed later chooses another build of it; torchvision without
 # its dependencies for the same reason.
 .venv/test.stamp: pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(CHECK_PYTHON)
 	@echo "Installing into .venv (a few minutes; again only when pyproject.toml changes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))

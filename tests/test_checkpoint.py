@@ -94,6 +94,12 @@ def test_casting_while_saving(params: dict, tmp_path: Path):
     assert_trees_equal(load(tmp_path / "cast").params, cast(half, np.float32))
 
 
+def test_float16_is_for_files_alone(params: dict, tmp_path: Path):
+    small = cast({"scoring": params["scoring"]}, np.float16)
+    save(tmp_path / "small", small, config.tiny(), parts=("image",))
+    assert_trees_equal(load(tmp_path / "small").params, cast(small, np.float32))
+
+
 def test_backbone_matrices_in_half_precision(saved: Path):
     whole, half = flatten(load(saved).params), flatten(load(saved, dtype=jnp.bfloat16).params)
     for path, array in half.items():

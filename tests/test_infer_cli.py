@@ -228,7 +228,7 @@ def test_a_bad_checkpoint_and_a_bad_output_folder(photos, tmp_path, monkeypatch,
     assert cli.main([*arguments, str(tmp_path / "file")]) == 2
     assert "cannot make the folder" in capsys.readouterr().err
     assert cli.main(arguments[2:-1]) == 2
-    assert "--checkpoint DIR" in capsys.readouterr().err
+    assert "--output DIR" in capsys.readouterr().err
 
 
 def test_folders_are_read_in_order_without_overlays_and_each_file_once(tmp_path):

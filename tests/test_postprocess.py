@@ -113,12 +113,22 @@ def test_holes_are_filled_as_upstream_does(rng):
     np.testing.assert_array_equal(postprocess.fill_holes(logits, 60), expected)
 
 
+@pytest.mark.parametrize(("side", "largest"), [(288, 16), (144, 8), (96, 5)])
+def test_the_largest_hole_that_is_filled_goes_with_the_size_of_masks(side, largest):
+    """Upstream's 256 pixels, 16 x 16, of 288 x 288."""
+    logits = np.ones((1, side, side), np.float32)
+    logits[0, 1 : 1 + largest, 1 : 1 + largest] = -1
+    assert (postprocess.fill_holes(logits) > 0).all()
+    logits[0, 1 : 2 + largest, 1 : 1 + largest] = -1
+    np.testing.assert_array_equal(postprocess.fill_holes(logits), logits)
+
+
 def test_holes_that_touch_at_a_corner_count_as_one():
     logits = np.ones((1, 64, 64), np.float32)
     logits[0, 0:16, 0:16] = -1  # 256 pixels: filled if alone
     logits[0, 40:56, 40:56] = -1
     logits[0, 56, 56] = 0  # a zero is background, and makes this one 257
-    filled = postprocess.fill_holes(logits)
+    filled = postprocess.fill_holes(logits, 256)
     assert (filled[0, 0:16, 0:16] == 10).all()
     np.testing.assert_array_equal(filled[0, 40:57, 40:57], logits[0, 40:57, 40:57])
     assert (logits[0, 0:16, 0:16] == -1).all(), "the argument must stay as it is"

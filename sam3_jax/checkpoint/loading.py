@@ -93,8 +93,13 @@ def load(
 
 
 def load_dtype(name: str, leaf: Any, dtype: Any) -> Any:
-    """The dtype that :func:`load` gives one parameter."""
-    return dtype if dtype is not None and _COMPUTE_ONLY.search(name) else leaf.dtype
+    """The dtype that :func:`load` gives one parameter.
+
+    float16 is for files alone, to make them small: in memory it becomes float32.
+    """
+    if dtype is not None and _COMPUTE_ONLY.search(name):
+        return dtype
+    return np.float32 if leaf.dtype == np.float16 else leaf.dtype
 
 
 def load_unused(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -14,7 +14,8 @@ USAGE = """
   %(prog)s --checkpoint DIR --input FILE... --everything --output DIR
   %(prog)s --checkpoint DIR --jobs FILE.jsonl --output DIR
   %(prog)s --merge --output DIR
-  %(prog)s --checkpoint DIR --export DIR"""
+  %(prog)s --checkpoint DIR --export DIR
+  %(prog)s --input FILE... --prompt "red ring" --output DIR   (the demonstration weights)"""
 
 DESCRIPTION = """\
 Find every instance of a concept in pictures: a phrase, example boxes, or both. Or segment one
@@ -121,7 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", metavar="DIR", help="folder of convert_torch_weights.py")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="folder of convert_torch_weights.py or train.py (default: the package's demonstration "
+        "weights, which know coloured shapes and digits)",
+    )
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="folder for the results and all other outputs"
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
+from sam3_jax.demo.weights import KNOWN, weights_path
 from sam3_jax.inference.arguments import build_parser, parse_threshold
 from sam3_jax.inference.files import UsageError, expand_inputs
 from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, read_jobs
@@ -97,9 +98,18 @@ def _output(args: argparse.Namespace) -> Path:
 
 
 def _checkpoint(args: argparse.Namespace) -> str:
-    if args.checkpoint is None:
-        raise UsageError("say which weights to use: --checkpoint DIR (convert_torch_weights.py)")
-    return args.checkpoint
+    """The folder of the weights; without ``--checkpoint`` the bundled ones, and a word about it."""
+    if args.checkpoint is not None:
+        return args.checkpoint
+    try:
+        path = weights_path()
+    except FileNotFoundError as error:
+        raise UsageError(f"no --checkpoint DIR, and {error}") from error
+    print(
+        f"no --checkpoint: using {KNOWN}; see README.md for SAM 3's own (convert_torch_weights.py)",
+        file=sys.stderr,
+    )
+    return str(path)
 
 
 def read_work(args: argparse.Namespace) -> list[Job | BadLine]:
@@ -140,8 +150,9 @@ def read_work(args: argparse.Namespace) -> list[Job | BadLine]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkpoint, output = _checkpoint(args), _output(args)
+    output = _output(args)
     work = read_work(args)
+    checkpoint = _checkpoint(args)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

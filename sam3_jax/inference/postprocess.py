@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from sam3_jax.inference.nms import boxes_of_masks
 
-MAX_HOLE_AREA = 256  # low-resolution pixels; upstream's default for the released 288 x 288 masks
+MAX_HOLE_SHARE = 256 / 288**2  # of a mask's pixels: upstream's 256 of the released 288 x 288
 HOLE_FILL_LOGIT = 10.0
 LOW_RES_CLAMP = 32.0  # of the logits that a click returns for refinement
 ROWS_AT_A_TIME = 64  # of an upscaled mask: one block of a 4K picture stays in a CPU's cache
@@ -144,10 +144,15 @@ def upscale_crop(
 
 
 def fill_holes(
-    logits: Float[np.ndarray, "n h w"], max_area: int = MAX_HOLE_AREA
+    logits: Float[np.ndarray, "n h w"], max_area: int | None = None
 ) -> Float[np.ndarray, "n h w"]:
-    """Sets 8-connected background (logit <= 0) of at most ``max_area`` pixels a piece to +10."""
+    """Sets 8-connected background (logit <= 0) of at most ``max_area`` pixels a piece to +10.
+
+    ``max_area``: default ``MAX_HOLE_SHARE``, so that a model with smaller masks keeps its holes.
+    """
     filled = np.array(logits, np.float32)
+    if max_area is None:
+        max_area = int(MAX_HOLE_SHARE * filled[0].size) if len(filled) else 0
     for mask in filled:
         labels, _ = scipy.ndimage.label(mask <= 0, structure=np.ones((3, 3), bool))
         small = np.bincount(labels.ravel()) <= max_area

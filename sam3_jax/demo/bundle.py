@@ -1,0 +1,119 @@
+"""Makes the package's weights of a run's model: ``python -m sam3_jax.demo.bundle RUN/model``.
+
+float16 on disk: its rounding (at most .05% of a value) is a quarter of bfloat16's or less, and the
+values of a trained model lie far within its range. All 49408 rows of the vocabulary are kept, 6.3
+of the 12 MB: words that training never showed have random rows, and the tokenizer needs no table of
+its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam3_jax import checkpoint
+from sam3_jax.checkpoint import CheckpointError
+from sam3_jax.checkpoint.tree import flatten
+from sam3_jax.demo.weights import FOLDER
+
+DTYPE = np.float16
+MOST = 20_000_000  # bytes that the package may ship
+KEPT = ("source", "step")  # of the model's metadata: the rest names folders
+RUN_SETTINGS = "config.json"  # of a run, beside its model
+COMMIT = Path("params/commit_success.txt")  # Orbax's, whose text names the folder it wrote to
+
+
+def bundle(
+    model: Path, target: Path, *, figures: Path | None = None, parts: Sequence[str] = ()
+) -> int:
+    """Writes ``target``, a checkpoint in half precision; returns its size in bytes.
+
+    Args:
+      model: checkpoint of a run.
+      target: replaced, if it is a checkpoint.
+      figures: what ``python -m sam3_jax.demo.figures`` wrote about the model.
+      parts: that are shipped; none: those that the model holds.
+
+    Raises:
+      CheckpointError: no usable checkpoint; values that half precision does not hold; too large.
+      OSError, ValueError: unreadable figures.
+    """
+    loaded = checkpoint.load(model, parts=list(parts) or None)
+    metadata = {key: loaded.metadata[key] for key in KEPT if key in loaded.metadata}
+    metadata |= _settings(model)
+    if figures is not None:
+        measured = json.loads(figures.read_text(encoding="utf-8"))
+        metadata["figures"] = measured["figures"]
+    _check_range(model, loaded.params)
+    checkpoint.save(
+        target,
+        loaded.params,
+        loaded.config,
+        metadata=metadata,
+        parts=loaded.metadata["parts"],
+        dtype=DTYPE,
+        overwrite=True,
+    )
+    if (target / COMMIT).is_file():
+        (target / COMMIT).write_text("Checkpoint commit was successful.")
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    if size > MOST:
+        raise CheckpointError(f"{target}: {size} bytes, the package may ship {MOST}; ship less")
+    return size
+
+
+def _settings(model: Path) -> dict[str, Any]:
+    """What the run's own settings say about how the model came to be, where they are there."""
+    file = model.parent / RUN_SETTINGS
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {key: settings[key] for key in ("seed", "steps", "batch_size") if key in settings}
+
+
+def _check_range(model: Path, params: dict) -> None:
+    largest = np.finfo(DTYPE).max
+    for name, value in flatten(params).items():
+        if not (np.abs(value) <= largest).all():  # nan too
+            raise CheckpointError(
+                f"{model}: {name} has values that are not finite or beyond {largest:.0f}, which "
+                "half precision does not hold; train again"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sam3_jax.demo.bundle",
+        description="Makes the weights that the package brings of a model that train.py wrote.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="RUN/model or RUN/best_model")
+    add("--figures", metavar="FILE", type=Path, help="JSON of sam3_jax.demo.figures, to keep")
+    add(
+        "--part",
+        nargs="+",
+        default=[],
+        choices=tuple(checkpoint.PARTS),
+        help="what to ship: 'image clicks' leaves out the tracker's memory (default: all)",
+    )
+    add("--output", metavar="DIR", type=Path, default=FOLDER, help="(default: in the package)")
+    args = parser.parse_args(argv)
+    try:
+        size = bundle(args.model, args.output, figures=args.figures, parts=args.part)
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The weights that the package ships: a small SAM 3 that knows the demo's shapes and digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "assets" / "demo"
+KNOWN = "the bundled demonstration weights, which know coloured shapes and digits"
+
+
+def weights_path() -> Path:
+    """The folder of the bundled checkpoint, for ``ImagePredictor.from_pretrained``.
+
+    Raises:
+      FileNotFoundError: this installation lacks it.
+    """
+    if not (FOLDER / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{FOLDER}: the bundled demonstration weights are missing; install the package again, "
+            "or train them (configs/sam3_demo.py) and run python -m sam3_jax.demo.bundle"
+        )
+    return FOLDER

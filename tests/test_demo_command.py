@@ -1,0 +1,309 @@
+"""The demo's command, its weights, and ``infer.py`` without a checkpoint. On a toy model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny_predictor
+from sam3_jax import checkpoint
+from sam3_jax.checkpoint import CheckpointError
+from sam3_jax.demo import __main__ as demo
+from sam3_jax.demo import bundle, questions, tiles, weights
+from sam3_jax.demo.objects import UNSEEN
+from sam3_jax.inference import bulk, cli
+from sam3_jax.inference.image import ImagePredictor
+from sam3_jax.inference.postprocess import ClickResult, Detections
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = "ring texture digit unseen count absent exemplar click coins_text coins_exemplar".split()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return questions.draw_pictures()
+
+
+@pytest.fixture(scope="module")
+def run_model(tmp_path_factory) -> Path:
+    """A model as a training run leaves it, with the run's settings."""
+    folder = tmp_path_factory.mktemp("run")
+    metadata = {"source": "random values", "step": 40, "run": "/home/somebody/run"}
+    checkpoint.save(
+        folder / "model", tiny_predictor.params(), tiny_predictor.config(), metadata=metadata
+    )
+    settings = {"seed": 3, "steps": 50, "batch_size": 4, "output": "/home/somebody/run"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def bundle_made(run_model) -> Path:
+    """The toy model in half precision."""
+    bundle.bundle(run_model, run_model.parent / "bundle")
+    return run_model.parent / "bundle"
+
+
+@pytest.fixture
+def bundled(bundle_made, tmp_path, monkeypatch) -> Path:
+    """The same as the package's weights."""
+    monkeypatch.setattr(weights, "FOLDER", shutil.copytree(bundle_made, tmp_path / "demo_weights"))
+    return weights.FOLDER
+
+
+class Knowing(ImagePredictor):
+    """Answers a demo question rightly; of the coins it finds two, in the corners."""
+
+    def __init__(self, pictures):
+        self.known = pictures
+
+    def set_image(self, image):
+        (picture,) = (p for p in self.known if np.array_equal(p.pixels, image))
+        self.questions, (height, width) = picture.questions, image.shape[:2]
+        self.corners = np.zeros((2, height, width), bool)
+        self.corners[0, :20, :20] = self.corners[1, -20:, -20:] = True
+
+    def predict(self, text=None, boxes=(), **_):
+        box = next(iter(boxes), None)
+        (one,) = (q for q in self.questions if (q.text, q.box) == (text, box))
+        masks = self.corners if one.masks is None else one.masks
+        n = len(masks)
+        return Detections(masks, np.zeros((n, 4), np.float32), np.ones(n, np.float32))
+
+    def predict_points(self, points, **_):
+        (one,) = self.questions
+        assert points == [one.point]
+        masks = np.concatenate([~one.masks, one.masks, ~one.masks])
+        logits = np.zeros((3, 4, 4), np.float32)
+        return ClickResult(masks, np.array([0.2, 0.7, 0.1], np.float32), logits)
+
+
+def square(start: int, side: int = 10) -> np.ndarray:
+    mask = np.zeros((40, 60), bool)
+    mask[5 : 5 + side, start : start + side] = True
+    return mask
+
+
+def question(*masks: np.ndarray, **more) -> questions.Question:
+    truth = np.stack(masks) if masks else np.zeros((0, 40, 60), bool)
+    return questions.Question("name", "thing", len(masks), "", truth, **more)
+
+
+def test_pictures_ask_by_text_box_and_click_and_what_is_right(pictures):
+    asked = {q.name: (p, q) for p in pictures for q in p.questions}
+    assert tuple(asked) == tuple(NAMES)
+    texts = {name: q.text for name, (_, q) in asked.items() if q.text}
+    assert texts["ring"] == "small purple ring"
+    assert tuple(texts["unseen"].split()) in UNSEEN
+    assert asked["absent"][1].count == 0
+    assert asked["count"][1].count > 12
+    for name, (picture, one) in asked.items():
+        prompts = [one.text is not None, one.box is not None, one.point is not None]
+        assert sum(prompts) == 1
+        if one.masks is None:
+            assert name.startswith("coins")
+            assert one.count == 24
+            continue
+        assert one.masks.shape == (one.count, *picture.pixels.shape[:2])
+        assert one.masks.any((1, 2)).all()
+    x0, y0, x1, y1 = map(int, asked["exemplar"][1].box)
+    inside = asked["exemplar"][1].masks[:, y0:y1, x0:x1].sum((1, 2))
+    assert (inside == asked["exemplar"][1].masks.sum((1, 2))).sum() == 1  # one object's box
+    column, row = map(int, asked["click"][1].point)
+    assert asked["click"][1].masks[0, row, column]
+
+
+def test_outcomes_are_judged():
+    right = demo.judge(question(square(5), square(30)), np.stack([square(30), square(5)]))
+    assert right == demo.Result("name.png", "thing", 2, 2, 2, 1.0, True)
+    # 5 of 10 columns overlap: 50 of 150 pixels.
+    near = demo.judge(question(square(5), square(30)), np.stack([square(10), square(30)]))
+    assert near.iou == pytest.approx((1 / 3 + 1) / 2)
+    assert (near.hits, near.right) == (1, False)
+    missed = demo.judge(question(square(5), square(30)), square(5)[None])
+    assert (missed.found, missed.iou, missed.right) == (1, 0.5, False)
+    none = np.zeros((0, 40, 60), bool)
+    assert demo.judge(question(square(5)), none)[2:] == (0, 1, 0, 0.0, False)
+    absent = demo.judge(question(), none)
+    assert absent.right
+    assert math.isnan(absent.iou)
+    assert not demo.judge(question(), square(5)[None]).right
+    unknown = question(square(5))._replace(masks=None)
+    assert demo.judge(unknown, square(9)[None]).right  # only the number is known
+
+
+def test_captions_do_not_count_what_is_wrong():
+    def caption(asked: questions.Question, *found: np.ndarray) -> str:
+        masks = np.stack(found) if found else np.zeros((0, 40, 60), bool)
+        return demo._caption(asked, demo.judge(asked, masks))
+
+    two = question(square(5), square(30))
+    assert caption(two, square(5), square(30)) == "2 of 2"
+    assert caption(two, square(5), square(45)) == "1 of 2, 1 wrong"
+    assert caption(question()._replace(note="is not there")) == "none found, is not there"
+    assert caption(question(), square(5)) == "1 found"
+    coins = two._replace(masks=None, note="a real photograph")
+    assert caption(coins, square(5)) == "1 found of 2, a real photograph"
+
+
+def test_tiles_show_what_was_found():
+    pixels = np.full((40, 60, 3), (200, 100, 40), np.uint8)
+    tile = tiles.draw_tile(pixels, square(30)[None], question(box=(5.0, 5.0, 15.0, 15.0)), "1")
+    assert tile.shape == (tiles.TILE + tiles.CAPTION, tiles.TILE, 3)
+    scale, top = tiles.TILE / 60, (tiles.TILE - round(tiles.TILE / 60 * 40)) // 2
+    at = [(round(x * scale), top + round(y * scale)) for x, y in ((35, 10), (50, 30), (10, 10))]
+    found, other, inside_box = (tile[y, x].astype(int) for x, y in at)
+    assert (found == (200, 100, 40)).all()
+    assert other.mean() < 0.6 * found.mean()
+    assert (inside_box == other).all()
+    corner = tile[top + round(5 * scale) - 3, round(10 * scale)]
+    assert tuple(corner) == tiles.MARK
+    assert (tile[tiles.TILE :] < 100).any()  # the caption
+    sheet = tiles.draw_overview([tile] * 3, columns=2)
+    assert sheet.shape == (
+        2 * len(tile) + tiles.GAP,
+        2 * tiles.TILE + tiles.GAP,
+        3,
+    )
+
+
+def test_the_demo_runs_on_the_bundled_weights(bundled, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(questions, "draw_pictures", lambda: pictures)
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        return Knowing(pictures)
+
+    monkeypatch.setattr(ImagePredictor, "from_pretrained", load)
+    out = tmp_path / "demo"
+    assert demo.main(["--output", str(out)]) == 0
+    assert loaded == [bundled]
+    made = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
+    inputs = [f"pictures/{p.name}.png" for p in pictures]
+    assert made == sorted([*inputs, *(f"{n}.png" for n in NAMES), "overview.png"])
+    text = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if ".png " in line and "|" in line]
+    assert [row[0].strip() for row in rows] == [f"{name}.png" for name in NAMES]
+    found, expected = ([int(row[i]) for row in rows] for i in (2, 3))
+    assert expected[-3:] == [1, 24, 24]
+    assert found == [*expected[:-2], 2, 2]
+    assert [row[4].strip() for row in rows[-3:]] == ["1.00", "-", "-"]
+    assert [row[5].strip() for row in rows] == ["yes"] * 8 + ["no"] * 2
+    assert "8 of 10 answers are right" in text
+    assert f"{out / 'overview.png'} shows them all" in text
+    assert f"infer.py --input {out / 'pictures'} --prompt" in text
+    shown = np.asarray(Image.open(out / "pictures" / "coins.png"))
+    np.testing.assert_array_equal(shown, pictures[-1].pixels)
+
+
+def test_what_can_go_wrong_is_said(bundled, tmp_path, monkeypatch, capsys):
+    (bundled / "config.json").unlink()
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 2
+    assert f"error: {bundled}: the bundled demonstration weights are missing" in (
+        capsys.readouterr().err
+    )
+    assert demo.main(["--output", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "no")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(questions, "draw_pictures", list)
+    monkeypatch.setattr(ImagePredictor, "from_pretrained", lambda path: Knowing([]))
+    assert demo.main(["--output", str(tmp_path / "file"), "--checkpoint", "x"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_bundled_weights_are_the_models_in_half_precision(bundled, run_model, tmp_path, capsys):
+    loaded, source = checkpoint.load(weights.weights_path()), checkpoint.load(run_model)
+    assert loaded.config == source.config
+    assert loaded.metadata == {
+        "source": "random values",
+        "step": 40,
+        "seed": 3,
+        "steps": 50,
+        "batch_size": 4,
+        "parts": ["image", "tracker"],
+    }
+    # float16 keeps 11 bits; below 6e-5 its steps are even.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=3e-8),
+        loaded.params,
+        source.params,
+    )
+    written = [file.read_bytes() for file in bundled.rglob("*") if file.is_file()]
+    assert not any(str(run_model.parents[1]).encode() in content for content in written)
+    size = sum(map(len, written))
+    assert size < 0.6 * sum(file.stat().st_size for file in run_model.rglob("*"))
+    (tmp_path / "f.json").write_text(json.dumps({"figures": {"text": {"cgF1": 0.8}}}))
+    arguments = [str(run_model), "--figures", str(tmp_path / "f.json"), "--part", "image", "clicks"]
+    assert bundle.main([*arguments, "--output", str(bundled)]) == 0  # replaced
+    assert capsys.readouterr().out.startswith(f"{bundled}: ")
+    small = checkpoint.load(bundled)
+    assert small.metadata["figures"] == {"text": {"cgF1": 0.8}}
+    assert small.metadata["parts"] == ["image", "clicks"]
+    assert "memory_encoder" not in small.params["tracker"]
+
+
+def test_what_cannot_be_bundled(run_model, tmp_path, monkeypatch, capsys):
+    params = jax.tree.map(np.copy, tiny_predictor.params())
+    params["scoring"]["prompt_mlp"]["fc1"]["kernel"][0, 0] = 7e4
+    checkpoint.save(tmp_path / "large", params, tiny_predictor.config())
+    with pytest.raises(CheckpointError, match="fc1/kernel has values that are not finite or beyon"):
+        bundle.bundle(tmp_path / "large", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(bundle, "MOST", 1000)
+    assert bundle.main([str(run_model), "--output", str(tmp_path / "out")]) == 2
+    assert "the package may ship 1000" in capsys.readouterr().err
+    assert bundle.main([str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_infer_without_a_checkpoint_uses_the_bundled_weights(
+    bundled, tmp_path, monkeypatch, capsys
+):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    loaded = []
+
+    def load(path, dtype, resolution):
+        loaded.append(path)
+        return tiny_predictor.predictor().engine
+
+    def run(engine, work, output, settings, **_):
+        return bulk.Summary(len(work), 0, 0, 0, output / "results.json")
+
+    monkeypatch.setattr(bulk, "load_engine", load)
+    monkeypatch.setattr(bulk, "run", run)
+    command = ["--input", str(tmp_path / "a.png"), "--prompt", "ring", "--output"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    assert loaded == [str(bundled)]
+    notes = [x for x in capsys.readouterr().err.splitlines() if x.startswith("no --checkpoint")]
+    assert notes == [
+        "no --checkpoint: using the bundled demonstration weights, which know coloured shapes and "
+        "digits; see README.md for SAM 3's own (convert_torch_weights.py)"
+    ]
+    assert cli.main([*command, str(tmp_path / "out2"), "--checkpoint", "mine"]) == 0
+    assert loaded[1:] == ["mine"]
+    assert "bundled" not in capsys.readouterr().err
+    (bundled / "config.json").unlink()
+    assert cli.main([*command, str(tmp_path / "out3")]) == 2
+    error = capsys.readouterr().err
+    assert "error: no --checkpoint DIR, and" in error
+    assert "weights are missing" in error
+    assert not (tmp_path / "out3").exists()
+
+
+def test_help_comes_at_once():
+    code = "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_module('sam3_jax.demo', "
+    code += "run_name='__main__')\nfinally: print('jax' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert "overview.png" in done.stdout
