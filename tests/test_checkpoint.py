@@ -245,7 +245,7 @@ def test_a_taken_place_is_left_alone(params: dict, tmp_path: Path):
 def test_overwrite(params: dict, tmp_path: Path):
     path = tmp_path / "ckpt"
     save(path, {"scoring": params["scoring"]}, config.tiny(), unused={"a": np.ones(2)})
-    new = cast({"scoring": params["scoring"]}, np.float16)
+    new = cast({"scoring": params["scoring"]}, ml_dtypes.bfloat16)
     save(path, new, config.tiny(), overwrite=True)
     assert_trees_equal(load(path).params, new)
     assert checkpoint.load_unused(path) == {}
