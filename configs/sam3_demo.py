@@ -17,7 +17,6 @@ from sam3_jax.data.augment import plain
 from sam3_jax.demo.objects import COLORS, SHAPES
 from sam3_jax.trainer.config import TrainConfig
 
-
 STAGES = ("first", "second")
 SIDES = {"first": 128, "second": 256}
 

@@ -13,7 +13,7 @@ from sam3_jax.ops.convolution import conv2d
 CASES = [(3, 1, 1, 1), (3, 2, 1, 1), (4, 4, 0, 1), (1, 1, 0, 1), (7, 1, 3, 6)]
 
 
-@pytest.mark.parametrize("size,stride,pad,groups", CASES)
+@pytest.mark.parametrize(("size", "stride", "pad", "groups"), CASES)
 def test_value_and_gradients(size: int, stride: int, pad: int, groups: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 12, 8, 6)).astype(np.float32)

@@ -75,7 +75,7 @@ def barrier(name: str) -> None:
 
 
 def training_model(wanted: ModelConfig, sizes: ModelConfig, resolution: int) -> ModelConfig:
-    """The model of ``sizes`` with what belongs to training (dropout, drop path, remat, scan) as wanted.
+    """The model of ``sizes``; what belongs to training (dropout, remat, scan ...) as wanted.
 
     Raises:
       RunError: on a resolution that is not a multiple of the patch size.
