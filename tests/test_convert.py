@@ -592,7 +592,7 @@ def test_the_command(release: dict, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(arguments) == 1  # the released sizes
     assert "problems, nothing was written" in capsys.readouterr().err
     assert cli.main([*arguments, "--config", "huge"]) == 1
-    assert "--config huge: neither sam3, tiny nor readable" in capsys.readouterr().err
+    assert "--config huge: neither sam3, demo, tiny nor readable" in capsys.readouterr().err
     sizes = dataclasses.asdict(config.tiny())
     (tmp_path / "sizes.json").write_text(json.dumps(sizes))
     assert cli.main([*arguments, "--config", str(tmp_path / "sizes.json"), "--overwrite"]) == 0

@@ -402,9 +402,9 @@ def test_clicks_are_the_models(predictor, reference, image):
 
 
 def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
-    """A 32 x 32 mask with a hole: closed in the picture, kept in what refines the next click."""
+    """A 32 x 32 mask with a small hole: closed in the picture, kept in what refines the next click."""
     logits = np.full((3, 32, 32), 40.0, np.float32)
-    logits[:, 10:14, 10:14] = -50.0
+    logits[:, 10, 10:13] = -50.0
     predictor.predict_points([(50, 50)])
     fake = {True: (logits[None], np.ones((1, 3), np.float32))}
     engine = predictor.engine
