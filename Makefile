@@ -15,7 +15,7 @@ FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
 
 # Slow tests that fill a process with gigabytes, which the others need for processes of their own.
 LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_full.py \
-	parity_memory.py)
+	parity_memory.py parity_tracking_full.py)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
