@@ -402,7 +402,7 @@ def test_clicks_are_the_models(predictor, reference, image):
 
 
 def test_only_the_output_mask_has_its_holes_filled(predictor, monkeypatch):
-    """A small hole of a 32 x 32 mask: closed in the picture, kept in what refines the next click."""
+    """A small hole of a 32 x 32 mask: closed in the picture, kept in what refines a click."""
     logits = np.full((3, 32, 32), 40.0, np.float32)
     logits[:, 10, 10:13] = -50.0
     predictor.predict_points([(50, 50)])

@@ -1,0 +1,96 @@
+"""Points, boxes and masks of one object -> what the model makes of them, checked."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool
+
+from sam3_jax.inference.prompts import PromptError, Size, Values, click_prompt
+from sam3_jax.models.tracker import Tracked
+from sam3_jax.tracking.masks import MaskPrompt
+from sam3_jax.tracking.prompts import MAX_POINTS, ObjectClicks, pack_clicks
+from sam3_jax.types import Levels
+from sam3_jax.video.buckets import one_of
+from sam3_jax.video.edits import Edit
+from sam3_jax.video.tracked import Kit
+
+
+def ask_clicks(
+    kit: Kit,
+    levels: Levels,
+    points: Values | None,
+    labels: Values | None,
+    box: Values | None,
+    previous: np.ndarray | None,
+) -> Tracked:
+    """One object by points, a box or both.
+
+    Args:
+      points, labels, box: in pixels of the video; labels 1 (on the object) by default.
+      previous: its mask logits on this frame so far.
+
+    Raises:
+      PromptError: on a prompt without content or with unusable values.
+    """
+    side = kit.model.image_size
+    checked = click_prompt(
+        points, labels, box, None, size=kit.size, frame=side, mask_side=kit.engine.mask_side
+    )
+    marks = np.asarray(checked.labels[0])
+    count = int((marks >= 0).sum())
+    if count > MAX_POINTS:
+        raise PromptError(
+            f"at most {MAX_POINTS} points for an object on a frame, the corners of a box among "
+            f"them, got {count}; leave out {count - MAX_POINTS}"
+        )
+    given = ObjectClicks(checked.points[0, :count], marks[:count], previous)
+    programs, mask_side = kit.programs, (kit.engine.mask_side,) * 2
+    clicks = pack_clicks({0: given}, programs.config.bucket_size, mask_side)
+    return one_of([programs.prompt(kit.engine.params, levels, clicks)], 0)
+
+
+def check_mask(mask: np.ndarray, size: Size) -> Bool[np.ndarray, "h w"]:
+    """A mask prompt as booleans at the video's size.
+
+    Raises:
+      PromptError: on another shape or type.
+    """
+    mask = np.asarray(mask)
+    if mask.shape != size or mask.dtype not in (np.bool_, np.uint8):
+        raise PromptError(
+            f"a mask must be (height, width) = {size} of bool, got shape {mask.shape} of "
+            f"{mask.dtype}"
+        )
+    return mask > 0
+
+
+def ask_masks(
+    kit: Kit, levels: Levels, masks: dict[int, Bool[np.ndarray, "h w"]], grid: tuple[int, int]
+) -> dict[int, Tracked]:
+    """Objects of one frame by masks, in the order in which they were given.
+
+    A later mask takes its pixels from earlier ones, of at most a bucket of them at a time.
+    """
+    programs, size = kit.programs, kit.programs.config.bucket_size
+    found: dict[int, Tracked] = {}
+    names = list(masks)
+    for start in range(0, len(names), size):
+        some = names[start : start + size]
+        stack = np.zeros((size, *kit.size), bool)
+        for slot, name in enumerate(some):
+            stack[slot] = masks[name]
+        order = np.arange(size, dtype=np.int32)
+        given: MaskPrompt = programs.mask_prompt(stack, order, grid)
+        out = programs.prompt_mask(kit.engine.params, levels, given)
+        found |= {name: one_of([out], slot) for slot, name in enumerate(some)}
+    return found
+
+
+def packed(mask: Bool[np.ndarray, "h w"]) -> np.ndarray:
+    """A mask as an edit keeps it."""
+    return np.packbits(mask)
+
+
+def unpacked(edit: Edit, size: Size) -> Bool[np.ndarray, "h w"]:
+    """The mask of an edit."""
+    return np.unpackbits(edit.mask, count=size[0] * size[1]).astype(bool).reshape(size)

@@ -1,0 +1,165 @@
+"""The memory of all objects of a session: buckets of slots, addressed by row.
+
+Row ``r`` of the table of masklets is slot ``r % size`` of bucket ``r // size``. Buckets are added
+and never given back, so a session's memory is that of the most objects it ever had at one time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sam3_jax.models.tracker import ABSENT, Tracked
+from sam3_jax.tracking.memories import Frame
+from sam3_jax.tracking.programs import Programs
+from sam3_jax.tracking.state import TrackState
+from sam3_jax.tracking.step import PRESENT
+from sam3_jax.types import Levels
+
+
+class Packed(NamedTuple):
+    """What some rows remember, on the host."""
+
+    rows: Int[np.ndarray, " k"]
+    buckets: int
+    fields: dict[str, np.ndarray]  # of TrackState, (k, ...)
+
+
+class Buckets:
+    """States of the buckets and the programs that change them; nothing else touches them."""
+
+    def __init__(self, programs: Programs, params: dict):
+        self.programs, self.params = programs, params
+        self.size = programs.config.bucket_size
+        self.states: list[TrackState] = []
+        side = programs.model.image_size // programs.model.vision.patch_size
+        self.grid = (side, side)
+        self.nothing = Tracked(
+            np.full((self.size, 4 * side, 4 * side), ABSENT, np.float32),
+            np.zeros(self.size, np.float32),
+            np.full(self.size, -PRESENT, np.float32),
+            np.zeros((self.size, programs.model.dim), np.float32),
+        )
+        self._used: list[bool] = []
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.size * len(self.states)
+
+    @property
+    def bytes(self) -> int:
+        """Of all states, on the device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.states))
+
+    def reserve(self, rows: int) -> None:
+        """Makes sure that there are so many rows."""
+        while self.rows < rows:
+            self.states.append(self.programs.empty_state())
+            self._used.append(False)
+
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Something for each row, by bucket."""
+        return [rows[i : i + self.size] for i in range(0, self.rows, self.size)]
+
+    def find(self, levels: Levels, frame: Frame) -> list[Tracked]:
+        """Finds all objects in a frame; nothing is remembered."""
+        programs = self.programs
+        return [
+            programs.propagate(self.params, state, levels, frame) if used else self.nothing
+            for state, used in zip(self.states, self._used, strict=True)
+        ]
+
+    def track(self, levels: Levels, frame: Frame) -> list[Tracked]:
+        """Finds all objects in a frame and remembers them, but those that were prompted on it."""
+        found = []
+        for i, (state, used) in enumerate(zip(self.states, self._used, strict=True)):
+            new = self.nothing
+            if used:
+                self.states[i], new = self.programs.track(self.params, state, levels, frame)
+            found.append(new)
+        return found
+
+    def memorize(
+        self,
+        bucket: int,
+        levels: Levels,
+        frame: Frame,
+        found: Tracked,
+        write: Bool[np.ndarray, " s"],
+        conditioning: Bool[np.ndarray, " s"],
+        prompted: Bool[np.ndarray, " s"],
+        *,
+        concept: bool = False,
+    ) -> None:
+        """Remembers what was found of one bucket; see ``tracking.step.memorize``."""
+        run = self.programs.memorize_concept if concept else self.programs.memorize
+        self.states[bucket] = run(
+            self.params, self.states[bucket], levels, frame, found, write, conditioning, prompted
+        )
+
+    def add(self, rows: Int[np.ndarray, " k"], groups: Int[np.ndarray, " k"]) -> None:
+        """Gives rows to new objects of these groups."""
+        for group in np.unique(groups):
+            for i, slots in self._slots(rows[groups == group]):
+                self.states[i] = self.programs.add(self.states[i], slots, np.int32(group))
+                self._used[i] = True
+
+    def remove(self, rows: Int[np.ndarray, " k"], live: Bool[np.ndarray, " n"]) -> None:
+        """Frees rows; ``live``: those that are in use afterwards."""
+        for i, slots in self._slots(rows):
+            self.states[i] = self.programs.remove(self.states[i], slots)
+        self._used = [bool(part.any()) for part in self.split(live)]
+
+    def forget_conditioning(self, rows: Int[np.ndarray, " k"], first: int, last: int) -> None:
+        """Drops prompted frames ``first``..``last`` of these rows."""
+        for i, slots in self._slots(rows):
+            self.states[i] = self.programs.forget_conditioning(
+                self.states[i], slots, np.int32(first), np.int32(last)
+            )
+
+    def _slots(self, rows: Int[np.ndarray, " k"]) -> list[tuple[int, np.ndarray]]:
+        """Buckets that have some of these rows, with their slots."""
+        chosen = self.split(np.isin(np.arange(self.rows), rows))
+        return [(i, slots) for i, slots in enumerate(chosen) if slots.any()]
+
+    def pack(self, rows: Int[np.ndarray, " k"]) -> Packed:
+        """Copies rows to the host."""
+        fields: dict[str, list[np.ndarray]] = {name: [] for name in TrackState._fields}
+        for i, slots in self._slots(rows):
+            for name, value in zip(fields, jax.device_get(self.states[i]), strict=True):
+                fields[name].append(np.asarray(value)[slots])
+        joined = {name: np.concatenate(parts) for name, parts in fields.items() if parts}
+        return Packed(np.sort(rows), len(self.states), joined)
+
+    def unpack(self, packed: Packed) -> None:
+        """Makes the buckets what they were; those that are there beyond are emptied."""
+        count = max(packed.buckets, len(self.states))
+        self.states, self._used = [], []
+        self.reserve(count * self.size)
+        for i, slots in self._slots(packed.rows):
+            these = packed.rows // self.size == i
+            host = [np.array(leaf) for leaf in jax.device_get(self.states[i])]
+            for value, name in zip(host, TrackState._fields, strict=True):
+                value[slots] = packed.fields[name][these]
+            self.states[i] = TrackState(*jax.device_put(host))
+            self._used[i] = True
+
+
+def one_of(found: Sequence[Tracked], row: int) -> Tracked:
+    """One row of what was found, on the host."""
+    bucket, slot = divmod(row, len(found[0].iou))
+    return Tracked(*(np.array(value[slot]) for value in jax.device_get(found[bucket])))
+
+
+def with_rows(found: Tracked, ones: dict[int, Tracked]) -> Tracked:
+    """A bucket's finds with some slots exchanged, on the host."""
+    host = [np.array(value) for value in jax.device_get(found)]
+    for slot, one in ones.items():
+        for value, new in zip(host, one, strict=True):
+            value[slot] = new
+    return Tracked(*host)

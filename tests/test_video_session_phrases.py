@@ -1,0 +1,198 @@
+"""Sessions with phrases: births and identities, several phrases, exemplars, refinement, delay."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import video_session
+from sam3_jax.inference.prompts import PromptError
+from video_session import FRAMES, SIZE, clip, follow, same
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return video_session.predictor()
+
+
+def identities(frames) -> set[int]:
+    return {i for frame in frames for i in frame.ids.tolist()}
+
+
+def test_one_phrase(predictor):
+    session = predictor.start(clip())
+    session.add_text("cat")
+    frames = follow(session.propagate())
+    assert [f.index for f in frames] == list(range(FRAMES))
+    assert identities(frames)
+    for frame in frames:
+        assert frame.ids.tolist() == sorted(frame.ids.tolist())
+        assert frame.masks.shape == (len(frame.ids), *SIZE)
+        assert frame.masks.sum(0).max(initial=0) <= 1, "masks of a phrase share no pixel"
+        assert set(frame.phrases) <= {"cat"}
+        assert ((frame.tracker_scores >= 0) & (frame.tracker_scores <= 1)).all()
+    assert set(session.objects.values()) <= {"cat"}
+    same(follow(session.propagate()), frames)
+
+
+def test_results_wait_so_that_nothing_shown_is_taken_back(predictor):
+    """What hotstart removes is never shown, or, without waiting, for a while."""
+    late, early = predictor.start(clip()), predictor.start(clip(), delay=0)
+    seen = []
+    for session in (late, early):
+        session.add_text("cat")
+        frames = []
+        for frame in session.propagate():
+            behind = session.position - frame.index
+            assert behind == session.delay or session.position == FRAMES - 1
+            frames.append(frame)
+        seen.append(identities(frames))
+    assert (late.delay, early.delay) == (3, 0)
+    assert seen[0] < seen[1], "the test needs something that hotstart removes"
+
+
+def test_a_phrase_does_not_depend_on_company(predictor):
+    """Two in one pass are each what it is alone; only the numbers of its objects differ."""
+    both = predictor.start(clip())
+    both.add_text("cat")
+    both.add_text("blue square")
+    together = follow(both.propagate())
+    for phrase in ("cat", "blue square"):
+        session = predictor.start(clip())
+        session.add_text(phrase)
+        numbers: dict[int, int] = {}
+        for one, many in zip(follow(session.propagate()), together, strict=True):
+            own = [i for i, p in enumerate(many.phrases) if p == phrase]
+            assert len(own) == len(one.ids), f"{phrase}, frame {one.index}"
+            for i, theirs in zip(own, one.ids.tolist(), strict=True):
+                assert numbers.setdefault(theirs, int(many.ids[i])) == many.ids[i]
+            # Batches are other programs, which add in another order.
+            np.testing.assert_allclose(many.tracker_scores[own], one.tracker_scores, atol=1e-4)
+            assert (many.masks[own] ^ one.masks).mean() < 1e-3 if own else True
+    assert set(itertools.chain(*(f.phrases for f in together))) == {"cat", "blue square"}
+
+
+def test_boxes_alone_and_exemplars(predictor):
+    session = predictor.start(clip())
+    with pytest.raises(PromptError, match="empty"):
+        session.add_text(None)
+    with pytest.raises(ValueError, match="both boxes and frame"):
+        session.add_text("cat", boxes=[[1, 2, 30, 40]])
+    with pytest.raises(PromptError, match="lies outside"):
+        session.add_text("cat", boxes=[[200, 200, 300, 300]], frame=0)
+    session.add_text(None, boxes=[[4, 4, 40, 40]], frame=2)
+    frames = follow(session.propagate())
+    assert not identities(frames[:2])
+    born = set(frames[2].ids.tolist())
+    assert born
+    table = session._timeline.tracking.table
+    assert set(table.born[table.live].tolist()) == {2}, "found on their frame only"
+    assert set(frames[2].phrases) == {"visual"}
+    session.add_text("cat", boxes=[[4, 4, 40, 40], [50, 20, 70, 60]], labels=[1, 0], frame=1)
+    assert set(itertools.chain(*(f.phrases for f in follow(session.propagate())))) == {
+        "visual",
+        "cat",
+    }
+
+
+def test_refinement_of_what_a_phrase_found(predictor):
+    session = predictor.start(clip())
+    session.add_text("cat")
+    before = follow(session.propagate())
+    chosen = int(before[-1].ids[0])
+    birth = min(f.index for f in before if chosen in f.ids)
+    frame = min(birth + 2, FRAMES - 2)
+    assert session.add_points(frame, [[30, 30]], object_id=chosen) == chosen
+    after = follow(session.propagate(frame))
+    assert after[0].index == frame
+    at = after[0].ids.tolist().index(chosen)
+    assert after[0].scores[at] == 1
+    old = before[frame]
+    assert not np.array_equal(after[0].masks[at], old.masks[old.ids.tolist().index(chosen)])
+    # A whole new pass gives the same identities, and comes to the same prompt.
+    again = follow(session.propagate())
+    assert identities(again[:frame]) == identities(before[:frame])
+    np.testing.assert_array_equal(again[frame].ids, after[0].ids)
+    np.testing.assert_array_equal(again[frame].masks, after[0].masks)
+
+
+def test_clicked_objects_beside_phrases(predictor):
+    session = predictor.start(clip())
+    own = session.add_points(0, [[40, 20]])
+    session.add_text("cat")
+    frames = follow(session.propagate())
+    assert own == 0
+    assert {p for f in frames for i, p in zip(f.ids, f.phrases, strict=True) if i == own} == {""}
+    found = identities(frames) - {own}
+    assert min(found) >= 1
+    late = session.add_points(3, [[60, 40]])
+    assert late == 1_000_000
+    again = follow(session.propagate())
+    assert identities(again) - {late} == identities(frames)
+    session.remove(min(found))
+    assert min(found) not in identities(follow(session.propagate()))
+
+
+def test_backwards(predictor):
+    session = predictor.start(clip())
+    session.add_text("cat")
+    frames = follow(session.propagate(backward=True))
+    assert [f.index for f in frames] == list(range(FRAMES))[::-1]
+    assert identities(frames)
+    ahead = follow(session.propagate(0, 3))
+    assert [f.index for f in ahead] == [0, 1, 2]
+
+
+def test_streams_and_missing_frames(predictor):
+    """A stream gives what a video gives, as long as it lasts; a lost frame is written down."""
+    video, stream = predictor.start(clip()), predictor.start(iter(clip()))
+    for session in (video, stream):
+        session.add_text("cat")
+    # Of a video of 10 frames fewer pointers are read, so compare what precedes that.
+    ahead, expected = follow(stream.propagate()), follow(video.propagate())
+    assert [f.index for f in ahead] == [f.index for f in expected]
+    np.testing.assert_array_equal(ahead[0].ids, expected[0].ids)
+    np.testing.assert_array_equal(ahead[0].masks, expected[0].masks)
+    lost = list(clip())
+    lost[4] = None
+    session = predictor.start(iter(lost))
+    session.add_text("cat")
+    frames = follow(session.propagate())
+    assert "no picture" in frames[4].error
+    assert len(frames[4].ids) == 0
+    assert [f.index for f in frames] == list(range(FRAMES))
+
+
+def test_saved_sessions_go_on(predictor, tmp_path):
+    session = predictor.start(clip())
+    session.add_text("cat", boxes=[[4, 4, 40, 40]], labels=[1], frame=5)
+    session.add_points(0, [[40, 20]])
+    follow(session.propagate(stop=5))
+    session.save(tmp_path / "session.npz")
+    copy = predictor.restore(tmp_path / "session.npz", clip())
+    assert copy.objects == session.objects
+    same(follow(copy.propagate(5)), follow(session.propagate(5)))
+
+
+def test_memory_is_flat_and_nothing_compiles(predictor):
+    first = predictor.start(itertools.cycle(clip()))
+    first.add_text("cat")
+    follow(itertools.islice(first.propagate(), 12))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    session = predictor.start(itertools.cycle(clip()))
+    session.add_text("cat")
+    sizes, ids = set(), set()
+    for frame in itertools.islice(session.propagate(), 40):
+        ids |= set(frame.ids.tolist())
+        if frame.index > 10:
+            sizes.add((session.state_bytes, sum(a.nbytes for a in jax.live_arrays())))
+    assert len({state for state, _ in sizes}) == 1
+    # A frame more or less waits while hotstart decides.
+    assert max(live for _, live in sizes) < 1.2 * min(live for _, live in sizes)
+    assert compiled == []
