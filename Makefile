@@ -1,5 +1,4 @@
-# `make demo`, `make test` and `make test-full` work on a fresh machine: they make .venv, install,
-# and run.
+# `make test` and `make test-full` work on a fresh machine: they make .venv, install, and run.
 # Variables: PYTHON (3.11 or newer), TORCH_INDEX (where torch comes from), PYTEST_ARGS,
 # JOBS (test processes).
 
@@ -29,7 +28,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/demo.stamp  ## find things in pictures, with weights that are here already (2 minutes)
+demo: .venv/demo.stamp  ## find things in drawn pictures (needs trained weights: sam3_jax/demo/bundle.py)
 	$(BIN)/python -m sam3_jax.demo --output demo
 
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
