@@ -213,7 +213,7 @@ def check_finite(values: np.ndarray, side: str) -> None:
 
 def repair_torchvision() -> None:
     """Lets torchvision be imported where its compiled operators do not load (CPU builds)."""
-    import torch
+    from torch import library
 
     try:
         import torchvision  # noqa: F401
@@ -222,11 +222,11 @@ def repair_torchvision() -> None:
             raise
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        placeholder = library.Library("torchvision", "DEF")
         box_list = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        library.define(f"nms{box_list}")
-        library.define(f"qnms{box_list}")
-        repair_torchvision.keep = library  # the definitions live as long as it does
+        placeholder.define(f"nms{box_list}")
+        placeholder.define(f"qnms{box_list}")
+        repair_torchvision.keep = placeholder  # the definitions live as long as it does
         import torchvision  # noqa: F401
 
 

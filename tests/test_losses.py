@@ -26,7 +26,9 @@ from sam3_jax.ops.mask_losses import (
 CLOSE = 1e-5  # of the largest value: float32 against float64, a few operations deep
 
 
-def compare(ours: Callable, theirs: Callable, *inputs: np.ndarray, differentiable: int = 1) -> None:
+def assert_agrees(
+    ours: Callable, theirs: Callable, *inputs: np.ndarray, differentiable: int = 1
+) -> None:
     """Values, and gradients of a weighted sum by the first ``differentiable`` inputs."""
     inputs = [x.astype(np.float32) if x.dtype == np.float64 else x for x in inputs]
     first = tuple(range(differentiable))
@@ -45,12 +47,12 @@ def compare(ours: Callable, theirs: Callable, *inputs: np.ndarray, differentiabl
 
     grads, value = both(list(map(jnp.asarray, inputs)))
     assert value.dtype == jnp.float32
-    near(value, want.detach().numpy())
+    assert_near(value, want.detach().numpy())
     for grad, leaf in zip(grads, leaves, strict=False):
-        near(grad, leaf.grad.numpy())
+        assert_near(grad, leaf.grad.numpy())
 
 
-def near(mine: jax.Array, other: np.ndarray) -> None:
+def assert_near(mine: jax.Array, other: np.ndarray) -> None:
     assert np.abs(other).max() > 0
     np.testing.assert_allclose(mine, other, rtol=0, atol=CLOSE * np.abs(other).max())
 
@@ -67,7 +69,7 @@ def logits_of(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def test_focal_loss(rng, alpha, gamma):
     # A power that is not whole has no gradient at 0, where torch's is NaN too: hence no +-60.
     x = logits_of(rng, 60) if gamma.is_integer() else rng.normal(scale=3, size=60)
-    compare(
+    assert_agrees(
         functools.partial(losses.focal_loss, alpha=alpha, gamma=gamma),
         functools.partial(oracle.focal, alpha=alpha, gamma=gamma),
         x,
@@ -93,7 +95,7 @@ def test_class_loss(rng):
         negative = bce(x, torch.zeros_like(x)) * p**2
         return torch.where(matched > 0, 10 * bce(x, soft), negative)
 
-    compare(losses.class_loss, theirs, logits_of(rng, 80), iou, matched)
+    assert_agrees(losses.class_loss, theirs, logits_of(rng, 80), iou, matched)
 
 
 def test_presence_and_object_loss(rng):
@@ -102,30 +104,30 @@ def test_presence_and_object_loss(rng):
     def bce(x, shown):
         return F.binary_cross_entropy_with_logits(x, shown, reduction="none")
 
-    compare(losses.presence_loss, lambda x, t: bce(x, t) / 2, x, shown)
-    compare(losses.object_loss, bce, x, shown)
+    assert_agrees(losses.presence_loss, lambda x, t: bce(x, t) / 2, x, shown)
+    assert_agrees(losses.object_loss, bce, x, shown)
 
 
 def test_box_l1(rng):
     boxes, targets = rng.random((2, 7, 4)), rng.random((2, 5, 4))
-    compare(losses.box_l1, lambda a, b: torch.cdist(a, b, p=1), boxes, targets)
+    assert_agrees(losses.box_l1, lambda a, b: torch.cdist(a, b, p=1), boxes, targets)
 
 
 def test_mask_focal_dice_and_iou(rng):
     x, masks = logits_of(rng, 6, 50), rng.random((6, 50)) < 0.4
     masks[0] = False
-    compare(losses.mask_focal, lambda x, t: oracle.focal(x, t, 0.25, 2).mean(-1), x, masks)
+    assert_agrees(losses.mask_focal, lambda x, t: oracle.focal(x, t, 0.25, 2).mean(-1), x, masks)
 
     def dice(x, t):
         return torch.stack([oracle.dice(*pair) for pair in zip(x, t, strict=True)])
 
-    compare(losses.mask_dice, dice, x, masks)
+    assert_agrees(losses.mask_dice, dice, x, masks)
 
     def iou(predicted, x, t):
         inner, union = ((x > 0) & (t > 0)).sum(-1), ((x > 0) | (t > 0)).sum(-1)
         return (predicted - inner / union).abs()
 
-    compare(losses.iou_l1, iou, rng.random(6), x, masks)
+    assert_agrees(losses.iou_l1, iou, rng.random(6), x, masks)
     empty = losses.iou_l1(jnp.array([0.3]), -jnp.ones((1, 4)), jnp.zeros((1, 4), bool))
     assert empty[0] == pytest.approx(0.3)
 
@@ -137,10 +139,10 @@ def grid_sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 def test_sampling_is_torchs_grid_sample(rng):
     maps, points = rng.normal(size=(3, 7, 5)), rng.uniform(-0.2, 1.2, (3, 40, 2))
-    compare(sample_map, grid_sample, maps, points)
+    assert_agrees(sample_map, grid_sample, maps, points)
     mask = maps > 0
     mine = sample_map(jnp.asarray(mask), jnp.asarray(points, jnp.float32))
-    near(mine, grid_sample(oracle.tensor(mask), oracle.tensor(points)).numpy())
+    assert_near(mine, grid_sample(oracle.tensor(mask), oracle.tensor(points)).numpy())
 
 
 def test_the_most_uncertain_points_are_taken(rng):
@@ -177,7 +179,7 @@ def test_masks_at_full_size(rng, chunk):
     def ours(pred, masks):
         return jnp.stack(pair_mask_losses(pred, masks, pairs, chunk=chunk))
 
-    compare(ours, theirs, pred, masks)
+    assert_agrees(ours, theirs, pred, masks)
 
 
 def test_masks_at_points(rng):
@@ -205,7 +207,7 @@ def test_masks_at_points(rng):
             sums = sums + both * float(pairs.weight[i, k])
         return sums
 
-    compare(ours, theirs, pred, masks)
+    assert_agrees(ours, theirs, pred, masks)
 
 
 def test_pairs_are_listed_once_and_capped_without_bias(rng):

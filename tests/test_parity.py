@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import oracle
 from oracle.params import params_from_hf
@@ -204,8 +205,8 @@ def test_gradients_of_box_refinement(rng, detector, model):
     out = oracle.detect(detector, image, ids)
     layers, _, queries, _ = out["layer_boxes"].shape
     mix = rng.standard_normal((layers, 1, queries, 4)).astype(np.float32)
-    loss = (out["layer_boxes"] * oracle.torch_import.torch.from_numpy(mix)).sum()
-    expected = oracle.torch_import.torch.autograd.grad(loss, weights)
+    loss = (out["layer_boxes"] * torch.from_numpy(mix)).sum()
+    expected = torch.autograd.grad(loss, weights)
 
     levels = model("encode_image", x, tracker=False).detector
     text = model("encode_text", ids)

@@ -39,14 +39,7 @@ POINT = np.array([[80.0, 20.0]]), np.array([1])
 RULES = Rules("object", FRAMES)
 BOX = np.array([[20.0, 30.0], [70.0, 90.0]]), np.array([2, 3])
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Torch's threads wait for each other nine tenths of the time at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +96,7 @@ def arrays(found: Tracked) -> Tracked:
     return Tracked(*map(np.asarray, found))
 
 
-def compare(found: Tracked, slot: int, expected: Found, where: str) -> None:
+def assert_agrees(found: Tracked, slot: int, expected: Found, where: str) -> None:
     found, where = arrays(found), f"{where}, slot {slot}"
     spread = float(np.ptp(expected.mask))
     spread = spread if spread > 1 else 1024.0  # an absent object's is -1024 but for rounding
@@ -116,7 +109,7 @@ def compare(found: Tracked, slot: int, expected: Found, where: str) -> None:
     )
 
 
-def compare_memory(state: TrackState, slot: int, frame: int, expected: Found) -> None:
+def assert_remembers(state: TrackState, slot: int, frame: int, expected: Found) -> None:
     at = np.flatnonzero(np.asarray(state.map_frames)[slot] == frame)
     assert len(at) == 1, f"frame {frame} is stored in places {at}"
     assert_close(
@@ -133,15 +126,15 @@ def start(
     state = programs.add(programs.empty_state(slots=SLOTS), every)
     found = programs.prompt(params, level, clicks(prompts))
     for i, (slot, prompt) in enumerate(prompts.items()):
-        compare(found, slot, session.prompt(frame, i, *prompt), "prompt")
+        assert_agrees(found, slot, session.prompt(frame, i, *prompt), "prompt")
     session.finish_prompts(frame)
     state = programs.memorize(params, state, level, now, found, every, every, every)
     for i, slot in enumerate(prompts):
-        compare_memory(state, slot, frame, session.found(frame, i))
+        assert_remembers(state, slot, frame, session.found(frame, i))
     return state
 
 
-def follow(
+def assert_follows(
     step: Callable,
     state: TrackState,
     levels: list,
@@ -159,8 +152,8 @@ def follow(
         state, found = step(state, levels[t], now)
         results.append(expected)
         for slot, result in zip(slots, expected, strict=True):
-            compare(found, slot, result, f"frame {t}")
-            compare_memory(state, slot, t, result)
+            assert_agrees(found, slot, result, f"frame {t}")
+            assert_remembers(state, slot, t, result)
     return state, results
 
 
@@ -172,7 +165,7 @@ def test_points_and_box_then_a_correction(tracker, params, clip, levels, own):
 
     session = Session(tracker, clip, 2, RULES)
     state = start(own, params, levels[0], session, {0: POINTS, 2: BOX}, 0)
-    state, results = follow(step, state, levels, session, [0, 2], range(1, FRAMES))
+    state, results = assert_follows(step, state, levels, session, [0, 2], range(1, FRAMES))
     present = {r.object_logit > 0 for found in results for r in found}
     assert present == {True, False}
     good = {bool(out["score"] > 0.01) for out in session.tracked[0].values()}
@@ -182,7 +175,7 @@ def test_points_and_box_then_a_correction(tracker, params, clip, levels, own):
     before = [session.found(3, i) for i in range(2)]
     prompt = (*POINT, before[0].mask)
     found = own.prompt(params, levels[3], clicks({0: prompt}))
-    compare(found, 0, session.prompt(3, 0, *prompt), "correction")
+    assert_agrees(found, 0, session.prompt(3, 0, *prompt), "correction")
     session.finish_prompts(3)
     found = Tracked(*(np.array(x) for x in found))
     found.masks[2], found.iou[2] = before[1].mask, before[1].iou
@@ -191,8 +184,8 @@ def test_points_and_box_then_a_correction(tracker, params, clip, levels, own):
     now = frame_at(3, FRAMES)
     state = own.memorize(params, state, levels[3], now, found, every, every, every)
     for i, slot in enumerate((0, 2)):
-        compare_memory(state, slot, 3, session.found(3, i))
-    follow(step, state, levels, session, [0, 2], range(4, FRAMES))
+        assert_remembers(state, slot, 3, session.found(3, i))
+    assert_follows(step, state, levels, session, [0, 2], range(4, FRAMES))
 
 
 def test_masks_as_prompts(tracker, params, clip, levels, own, rng):
@@ -208,13 +201,13 @@ def test_masks_as_prompts(tracker, params, clip, levels, own, rng):
     given = own.mask_prompt(masks, jnp.asarray([1, 2, 9, 0]), levels[0][2].shape[1:3])
     found = own.prompt_mask(params, levels[0], given)
     for i, slot in enumerate(slots):
-        compare(found, slot, session.found(0, i), "mask prompt")
+        assert_agrees(found, slot, session.found(0, i), "mask prompt")
     every = only(*slots)
     state = own.add(own.empty_state(slots=SLOTS), every)
     now = frame_at(0, FRAMES)
     state = own.memorize(params, state, levels[0], now, found, every, every, every)
     for i, slot in enumerate(slots):
-        compare_memory(state, slot, 0, session.found(0, i))
+        assert_remembers(state, slot, 0, session.found(0, i))
     # Detections come at the memory encoder's size, not the video's. (At 61 x 83 no pixel is on
     # exactly one half, where rounding would decide.)
     large = np.zeros((SLOTS, 128, 128), bool)
@@ -232,7 +225,9 @@ def test_masks_as_prompts(tracker, params, clip, levels, own, rng):
     kept = jax.tree.map(np.asarray, state)
     state, _ = own.track(params, state, levels[0], now)
     jax.tree.map(np.testing.assert_array_equal, state, kept)
-    follow(lambda *args: own.track(params, *args), state, levels, session, slots, range(1, 4))
+    assert_follows(
+        lambda *args: own.track(params, *args), state, levels, session, slots, range(1, 4)
+    )
 
 
 def test_memory_of_concept_tracking(tracker, params, clip, levels, own):
@@ -249,9 +244,11 @@ def test_memory_of_concept_tracking(tracker, params, clip, levels, own):
     args = levels[0], frame_at(0, FRAMES), found, every, none, none
     state = own.memorize_concept(params, state, *args)
     for i, slot in enumerate((0, 2)):
-        compare_memory(state, slot, 0, session.overwrite(0, i, masks[slot]))
+        assert_remembers(state, slot, 0, session.overwrite(0, i, masks[slot]))
     np.testing.assert_array_equal(state.pointers, pointers)
-    follow(lambda *args: own.track(params, *args), state, levels, session, [0, 2], range(1, 3))
+    assert_follows(
+        lambda *args: own.track(params, *args), state, levels, session, [0, 2], range(1, 3)
+    )
 
 
 def test_backward(tracker, params, clip, levels, own):
@@ -259,7 +256,7 @@ def test_backward(tracker, params, clip, levels, own):
     session = Session(tracker, clip, 2, RULES)
     state = start(own, params, levels[5], session, {1: POINT, 2: BOX}, 5)
     frames = range(FRAMES - 2, -1, -1)
-    follow(
+    assert_follows(
         lambda *args: own.track(params, *args),
         state, levels, session, [1, 2], frames, backward=True,
     )  # fmt: skip
@@ -279,7 +276,7 @@ def test_chunk_with_shared_selection(tracker, params, clip, levels, own, shared)
     differences = []
     for t in range(1, FRAMES):
         for slot, expected, other in zip(prompts, session.track(t), alone.track(t), strict=True):
-            compare(Tracked(*(x[t - 1] for x in arrays(found))), slot, expected, f"frame {t}")
+            assert_agrees(Tracked(*(x[t - 1] for x in arrays(found))), slot, expected, f"frame {t}")
             differences.append(abs(expected.object_logit - other.object_logit))
     assert max(differences) > 0.01  # selection by own scores would have given something else
 

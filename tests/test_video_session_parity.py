@@ -52,14 +52,7 @@ CONCEPTS = ConceptConfig(
 # Float32 in another order, 22 frames that each read the ones before.
 SHARE = 1e-3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Torch's threads wait for each other nine tenths of the time at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

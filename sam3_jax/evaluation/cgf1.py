@@ -39,6 +39,19 @@ class PairScore(NamedTuple):
         return not self.targets and not self.predicted
 
     @property
+    def cells(self) -> dict[str, int | float | None]:
+        """Columns of a table with a row a pair; hits are counted at IoU .5."""
+        hits = int(self.true_positives[0])
+        return {
+            "targets": self.targets,
+            "predicted": self.predicted,
+            "tp50": hits,
+            "fp50": self.predicted - hits,
+            "fn50": self.targets - hits,
+            "local_F1": None if self.empty else float(self.local_f1.mean()),
+        }
+
+    @property
     def local_f1(self) -> Float[np.ndarray, " t"]:
         """F1 of this pair alone at each threshold."""
         return f1(

@@ -76,18 +76,13 @@ def pair_rows(dataset: Dataset, evaluation: Evaluation) -> list[dict[str, Any]]:
     for record in dataset.records:
         if (score := scores.get(record.key)) is None:
             continue
-        region, hits = evaluation.regions.get(record.key), int(score.true_positives[0])
+        region = evaluation.regions.get(record.key)
         rows.append(
             {
                 "image_id": record.image_id,
                 "file_name": record.file_name,
                 "phrase": record.phrase,
-                "targets": score.targets,
-                "predicted": score.predicted,
-                "tp50": hits,
-                "fp50": score.predicted - hits,
-                "fn50": score.targets - hits,
-                "local_F1": None if score.empty else float(score.local_f1.mean()),
+                **score.cells,
                 "region_IoU": region.iou if region else None,
             }
         )

@@ -5,6 +5,8 @@ Upstream: ``sam3/model/encoder.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import FusionConfig
-from sam3_jax.models.layers import CrossAttentionLayer
+from sam3_jax.models.cross_attention import CrossAttentionLayer
 from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.ops.position import sine_grid
 from sam3_jax.types import Levels
@@ -59,19 +61,10 @@ class FusionEncoder(nn.Module):
         x = x.astype(jnp.float32)
         if cfg.scan and not self.is_initializing():
             return self._scan(x, prompt, pos, prompt_mask, deterministic), pos
-        layer = CrossAttentionLayer
-        if cfg.remat:
-            layer = nn.remat(layer, static_argnums=(7,))  # deterministic
         for i in range(cfg.depth):
-            x = layer(
-                self.dim,
-                cfg.num_heads,
-                cfg.mlp_dim,
-                cfg.dropout,
-                xavier=True,
-                dtype=self.dtype,
-                name=f"layer_{i}",
-            )(x, prompt, pos, None, None, prompt_mask, deterministic)
+            x = self._layer(remat=cfg.remat, name=f"layer_{i}")(
+                x, prompt, pos, None, None, prompt_mask, deterministic
+            )
         return x, pos
 
     def _scan(
@@ -84,15 +77,7 @@ class FusionEncoder(nn.Module):
     ) -> Float[Array, "p n d"]:
         """All layers as one loop. Dropout draws other numbers than without."""
         cfg = self.config
-        module = CrossAttentionLayer(
-            self.dim,
-            cfg.num_heads,
-            cfg.mlp_dim,
-            cfg.dropout,
-            xavier=True,
-            dtype=self.dtype,
-            parent=None,
-        )
+        module = self._layer(remat=False, parent=None)
         layers = stack_blocks([self.variables["params"][f"layer_{i}"] for i in range(cfg.depth)])
         keys = None
         if cfg.dropout and not deterministic:
@@ -105,3 +90,11 @@ class FusionEncoder(nn.Module):
             return module.apply({"params": params}, *args, rngs=rngs)
 
         return scan_blocks(layer, x, (layers, keys), remat=cfg.remat)
+
+    def _layer(self, *, remat: bool, **module: Any) -> CrossAttentionLayer:
+        cfg = self.config
+        layer = CrossAttentionLayer
+        if remat:
+            layer = nn.remat(layer, static_argnums=(7,))  # deterministic
+        sizes = (self.dim, cfg.num_heads, cfg.mlp_dim, cfg.dropout)
+        return layer(*sizes, xavier=True, dtype=self.dtype, **module)

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import GeometryConfig
-from sam3_jax.models.layers import CrossAttentionLayer, Embedding, LayerNorm, Linear
+from sam3_jax.models.cross_attention import CrossAttentionLayer
+from sam3_jax.models.layers import Embedding, LayerNorm, Linear
 from sam3_jax.models.memory import FusedMaskEncoder
 from sam3_jax.ops.boxes import cxcywh_to_xyxy
 from sam3_jax.ops.image import roi_align, sample_points

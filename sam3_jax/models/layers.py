@@ -1,4 +1,4 @@
-"""Layers that every stage shares: one ``Linear``, one ``Attention``, norms, convolutions, MLPs.
+"""Layers that every stage shares: one ``Linear``, one ``Attention``, norm, MLPs.
 
 Parameters are float32 and named ``kernel``/``bias``/``scale``. ``dtype`` is the compute dtype:
 matrix products take inputs of that dtype and accumulate in float32; norms and softmax compute in
@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.ops.attention import BATCH_AXES, attention
-from sam3_jax.ops.convolution import conv2d
 from sam3_jax.ops.rope import Rope, apply_rope
 
 Init = str  # a key of KERNEL_BOUND, "normal" is not among them: embeddings use nn.initializers
@@ -54,7 +53,8 @@ def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     return lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
-def _init_kernel(init: Init, key: Array, fan_in: int, fan_out: int, shape: tuple[int, ...]):
+def init_kernel(init: Init, key: Array, fan_in: int, fan_out: int, shape: tuple[int, ...]) -> Array:
+    """A kernel as PyTorch's module of that kind draws it."""
     if init == "trunc_normal":
         return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape)
     if init == "zeros":
@@ -63,7 +63,8 @@ def _init_kernel(init: Init, key: Array, fan_in: int, fan_out: int, shape: tuple
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _init_bias(init: Init, key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
+def init_bias(init: Init, key: Array, fan_in: int, shape: tuple[int, ...]) -> Array:
+    """The bias beside it: of the same bound, or zero."""
     if init in ("torch", "xavier"):
         bound = 1.0 / math.sqrt(fan_in)
         return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
@@ -85,7 +86,7 @@ class Linear(nn.Module):
         shape = x.shape[x.ndim - self.in_axes :]
         fan_in, fan_out = math.prod(shape), math.prod(features)
         kernel = self.param(
-            "kernel", lambda key: _init_kernel(self.init, key, fan_in, fan_out, shape + features)
+            "kernel", lambda key: init_kernel(self.init, key, fan_in, fan_out, shape + features)
         )
         # One flat matrix product: backends know it better than one over several axes.
         y = lax.dot_general(
@@ -97,81 +98,8 @@ class Linear(nn.Module):
         )
         y = y.reshape(*y.shape[:-1], *features)
         if self.use_bias:
-            y = y + self.param("bias", lambda key: _init_bias(self.init, key, fan_in, features))
+            y = y + self.param("bias", lambda key: init_bias(self.init, key, fan_in, features))
         return y.astype(self.dtype)
-
-
-class Conv(nn.Module):
-    """2-D convolution, channels last, kernel HWIO. Zero padding of ``pad`` cells on every side."""
-
-    features: int
-    size: int
-    stride: int = 1
-    pad: int = 0
-    groups: int = 1
-    use_bias: bool = True
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        size, channels = self.size, x.shape[-1]
-        fan_in = size * size * channels // self.groups
-        shape = (size, size, channels // self.groups, self.features)
-        kernel = self.param("kernel", lambda key: _init_kernel("torch", key, fan_in, 0, shape))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if size == self.stride and not self.pad and self.groups == 1:
-            y = self._patches(x, kernel)
-        else:
-            y = conv2d(x, kernel, self.stride, self.pad, self.groups, precision(self.dtype))
-        if self.use_bias:
-            bias = self.param(
-                "bias", lambda key: _init_bias("torch", key, fan_in, (self.features,))
-            )
-            y = y + bias.astype(y.dtype)
-        return y.astype(self.dtype)
-
-    def _patches(self, x: Array, kernel: Array) -> Array:
-        """Patches that do not overlap are one matrix product."""
-        b, h, w, c = x.shape
-        s = self.size
-        h, w = h // s, w // s
-        x = x[:, : h * s, : w * s].reshape(b, h, s, w, s, c).swapaxes(2, 3)
-        return jnp.dot(
-            x.reshape(b, h, w, s * s * c),
-            kernel.reshape(s * s * c, self.features),
-            precision=precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-
-
-class Upsample2x(nn.Module):
-    """Transposed convolution of size 2 and stride 2, which is one matrix product.
-
-    The kernel has the layout of ``nn.ConvTranspose(transpose_kernel=True)``: (2, 2, out, in).
-    """
-
-    features: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        b, h, w, c = x.shape
-        fan_in = 4 * self.features  # PyTorch counts a transposed convolution's fan from its output
-        kernel = self.param(
-            "kernel",
-            lambda key: _init_kernel("torch", key, fan_in, 0, (2, 2, self.features, c)),
-        )
-        bias = self.param("bias", lambda key: _init_bias("torch", key, fan_in, (self.features,)))
-        y = lax.dot_general(
-            x.astype(self.dtype),
-            kernel.reshape(4 * self.features, c).astype(self.dtype),
-            (((3,), (1,)), ((), ())),
-            precision=precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        y = y.reshape(b, h, w, 2, 2, self.features) + bias
-        y = y.astype(self.dtype).swapaxes(2, 3)
-        return y.reshape(b, 2 * h, 2 * w, self.features)
 
 
 class LayerNorm(nn.Module):
@@ -190,24 +118,6 @@ class LayerNorm(nn.Module):
         x = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(x).mean(axis=-1, keepdims=True)
         return (x * lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
-
-
-class GroupNorm(nn.Module):
-    """GroupNorm over a map (eps 1e-5), computed in float32."""
-
-    groups: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        dim = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (dim,)).reshape(self.groups, -1)
-        bias = self.param("bias", nn.initializers.zeros, (dim,)).reshape(self.groups, -1)
-        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        y = y - y.mean(axis=(1, 2, 4), keepdims=True)
-        variance = jnp.square(y).mean(axis=(1, 2, 4), keepdims=True)
-        y = y * lax.rsqrt(variance + 1e-5) * scale + bias
-        return y.reshape(x.shape).astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -340,75 +250,3 @@ class DropPath(nn.Module):
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (samples,))
         keep = jnp.repeat(keep, self.rows).reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
-
-
-class CrossAttentionLayer(nn.Module):
-    """Pre-norm layer: self-attention, cross-attention to a memory, feed-forward.
-
-    Upstream: ``TransformerEncoderLayer`` (``sam3/model/encoder.py``); fusion and geometry encoder
-    are stacks of it. The residual stream stays float32, as under upstream's autocast.
-    """
-
-    dim: int
-    num_heads: int
-    mlp_dim: int
-    dropout: float
-    xavier: bool  # fusion is initialised by TransformerWrapper, the geometry encoder is not
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        memory: Float[Array, "b m d"],
-        pos: Float[Array, "#b n d"] | None = None,
-        memory_pos: Float[Array, "#b m d"] | None = None,
-        mask: Bool[Array, "b n"] | None = None,
-        memory_mask: Bool[Array, "b m"] | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "b n d"]:
-        """``pos``: added to queries and keys of self-attention; ``memory_pos``: to the keys of
-        cross-attention.
-        """
-
-        def norm(name: str) -> LayerNorm:
-            return LayerNorm(dtype=self.dtype, name=name)
-
-        def attend(name: str) -> Attention:
-            return Attention(
-                self.dim,
-                self.num_heads,
-                dropout=self.dropout,
-                out_init="xavier_zero_bias" if self.xavier else "torch_zero_bias",
-                dtype=self.dtype,
-                name=name,
-            )
-
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        y = norm("norm1")(x)
-        q = y if pos is None else y + pos.astype(y.dtype)
-        y = attend("self_attn")(q, q, y, key_mask=mask, deterministic=deterministic)
-        x = x + drop(y)
-        keys = memory if memory_pos is None else memory + memory_pos.astype(memory.dtype)
-        y = attend("cross_attn")(
-            norm("norm2")(x), keys, memory, key_mask=memory_mask, deterministic=deterministic
-        )
-        x = x + drop(y)
-        init = "xavier" if self.xavier else "torch"
-        ffn = Mlp(self.mlp_dim, self.dim, nn.relu, self.dropout, init, self.dtype, name="ffn")
-        return x + drop(ffn(norm("norm3")(x), deterministic=deterministic))
-
-
-class ConvNextBlock(nn.Module):
-    """ConvNeXt block, depthwise 7x7 (upstream ``CXBlock`` in ``sam3/model/memory.py``)."""
-
-    dim: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        y = Conv(self.dim, 7, pad=3, groups=self.dim, dtype=self.dtype, name="dwconv")(x)
-        y = LayerNorm(eps=1e-6, dtype=self.dtype, name="norm")(y)
-        y = Mlp(4 * self.dim, self.dim, gelu, dtype=self.dtype, name="mlp")(y)
-        gamma = self.param("gamma", nn.initializers.constant(1e-6), (self.dim,))
-        return x + gamma * y

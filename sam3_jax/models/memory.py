@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import MemoryConfig
-from sam3_jax.models.layers import Attention, Conv, ConvNextBlock, LayerNorm, Mlp, gelu
+from sam3_jax.models.convolutions import Conv, ConvNextBlock
+from sam3_jax.models.layers import Attention, LayerNorm, Mlp, gelu
 from sam3_jax.ops.image import resize_bilinear
 from sam3_jax.ops.rope import Rope
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sam3_jax.models.layers import Conv, Upsample2x, gelu
+from sam3_jax.models.convolutions import Conv, Upsample2x
+from sam3_jax.models.layers import gelu
 from sam3_jax.types import Levels
 
 

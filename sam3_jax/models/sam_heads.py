@@ -14,17 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import SamConfig
-from sam3_jax.models.layers import (
-    Attention,
-    Conv,
-    Embedding,
-    Head,
-    LayerNorm,
-    Mlp,
-    Upsample2x,
-    gelu,
-    precision,
-)
+from sam3_jax.models.convolutions import Conv, Upsample2x
+from sam3_jax.models.layers import Attention, Embedding, Head, LayerNorm, Mlp, gelu, precision
 from sam3_jax.ops.masks import stability_score
 from sam3_jax.types import ClickOutput
 

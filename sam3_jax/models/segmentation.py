@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.config import SegmentationConfig
-from sam3_jax.models.layers import Attention, Conv, GroupNorm, Head, LayerNorm, precision
+from sam3_jax.models.convolutions import Conv, GroupNorm
+from sam3_jax.models.layers import Attention, Head, LayerNorm, precision
 from sam3_jax.ops.image import resize_nearest
 from sam3_jax.types import Levels
 

@@ -20,7 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.models.layers import Conv, Embedding, Head, Linear
+from sam3_jax.models.convolutions import Conv
+from sam3_jax.models.layers import Embedding, Head, Linear
 from sam3_jax.models.memory import FusedMaskEncoder, MemoryAttention
 from sam3_jax.models.sam_heads import NOT_A_POINT, MaskDecoder, PromptEncoder
 from sam3_jax.ops.masks import stability_score

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from sam3_jax.config import VisionConfig
-from sam3_jax.models.layers import Attention, Conv, DropPath, LayerNorm, Mlp, gelu, shard_batch
+from sam3_jax.models.convolutions import Conv
+from sam3_jax.models.layers import Attention, DropPath, LayerNorm, Mlp, gelu, shard_batch
 from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.ops import windows
 from sam3_jax.ops.rope import Rope, axial_rope

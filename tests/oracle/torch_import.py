@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 
-import torch
+from torch import library
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_library: torch.library.Library | None = None  # must outlive the import
+_library: library.Library | None = None  # must outlive the import
 
 
 def import_torchvision() -> None:
@@ -28,7 +28,7 @@ def import_torchvision() -> None:
             raise
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]  # left half initialised by the failed import
-        _library = torch.library.Library("torchvision", "DEF")
+        _library = library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             _library.define(schema)
         import torchvision  # noqa: F401

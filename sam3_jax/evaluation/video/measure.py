@@ -129,18 +129,12 @@ def pair_rows(dataset: VideoDataset, evaluation: VideoEvaluation) -> list[dict[s
     """One row a pair, in the order of the ground truth."""
     rows = []
     for key, (score, counts) in evaluation.pairs.items():
-        hits = int(score.true_positives[0])
         rows.append(
             {
                 "video_id": key[0],
                 "video": dataset.videos[key[0]].name,
                 "phrase": dataset.pairs[key].phrase,
-                "targets": score.targets,
-                "predicted": score.predicted,
-                "tp50": hits,
-                "fp50": score.predicted - hits,
-                "fn50": score.targets - hits,
-                "local_F1": None if score.empty else float(score.local_f1.mean()),
+                **score.cells,
                 **_hota_cells([counts]),
             }
         )
