@@ -12,22 +12,44 @@ Hardware: two cores of a CPU and 4 GB; the same command takes a GPU where there 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sam3_jax.config import demo
 from sam3_jax.data.augment import plain
 from sam3_jax.demo.objects import COLORS, SHAPES
 from sam3_jax.trainer.config import TrainConfig
 
-STAGES = ("first", "second")
-SIDES = {"first": 128, "second": 256}
+
+class Stage(NamedTuple):
+    """What differs between stages."""
+
+    side: int  # of the pictures, in pixels
+    steps: int
+    batch: int
+    rate: float
+    masks: bool = True
+    clicks: int = 0  # objects an image to click on; if any, nothing but the interactive head learns
+
+
+STAGES = {
+    "first": Stage(side=192, steps=6000, batch=8, rate=1e-3, masks=False),
+    "second": Stage(side=256, steps=1500, batch=8, rate=5e-4),
+    "clicks": Stage(side=256, steps=800, batch=8, rate=1e-3, masks=False, clicks=4),
+}
+DETECTOR = (r"^vision/(trunk|detector_neck)/", r"^(text|geometry|fusion|decoder)/")
+DETECTOR += (r"^(scoring|segmentation)/",)
 
 
 def get_config(stage: str = "first", data: str = "data/shapes") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.dataset`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo has no stage {stage!r}: {', '.join(STAGES)}")
-    side = SIDES[stage]
-    config = TrainConfig(output=f"runs/sam3_demo_{stage}", steps=5000, batch_size=4)
+    side, steps, batch, rate, masks, clicks = STAGES[stage]
+    config = TrainConfig(output=f"runs/sam3_demo_{stage}", steps=steps, batch_size=batch)
     config.model = demo()
+    names = list(STAGES)
+    if stage != names[0]:
+        config.init.checkpoint = f"runs/sam3_demo_{names[names.index(stage) - 1]}/model"
 
     config.data.folder = f"{data}/train"
     config.valid.annotations = f"{data}/valid/annotations.json"
@@ -36,24 +58,34 @@ def get_config(stage: str = "first", data: str = "data/shapes") -> TrainConfig:
     example = config.data.example
     example.augment = plain(side)  # no flips (digits), no scales ("small" is a size in pixels)
     example.augment.brightness = example.augment.contrast = 0.2
-    example.mask_size = side // 2  # the model's own
-    example.clicks = 2
+    example.mask_size = side // 4  # the model's own
     example.sampling.phrases = 4
-    example.sampling.negatives = 0.4
+    example.sampling.negatives = 0.3
     example.sampling.max_targets = 32
     example.sampling.visual = 0.2
     example.sampling.visual_phrases = f"^({'|'.join(COLORS)}) ({'|'.join(SHAPES)})$"
     example.sampling.boxes = 0.1
 
-    config.loss.pad_queries = config.model.decoder.num_queries
-    config.loss.mask_chunk = config.loss.max_pairs = 24
-    config.clicks.weight = 1.0
-    config.clicks.corrections = 2
+    loss = config.loss
+    loss.masks = masks
+    loss.pad_queries = config.model.decoder.num_queries
+    loss.mask_chunk = loss.max_pairs = 8
+    # Weaker classes and masks than in fine-tuning: nothing has to be recognised before it is found.
+    loss.class_weight = loss.presence_weight = 10.0
+    loss.box_weight, loss.giou_weight = 10.0, 5.0
+    loss.mask_weight = 100.0
 
+    if clicks:
+        example.clicks, example.sampling.phrases = clicks, 1
+        config.clicks.weight, config.clicks.corrections = 1.0, 2
+        loss.semantic = False
     optimizer = config.optimizer
-    optimizer.vision.rate = optimizer.text.rate = optimizer.rest.rate = 1e-3
+    # Random vectors tell some forty words apart as they are, and are half of all parameters.
+    optimizer.freeze = DETECTOR if clicks else (r"^text/token_embed/",)
+    optimizer.vision.rate = optimizer.text.rate = optimizer.rest.rate = rate
     optimizer.vision.layer_decay = 1.0
     optimizer.rate_scale = 1.0
+    optimizer.beta2 = 0.99
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0
     optimizer.ema = 0.999
@@ -62,7 +94,7 @@ def get_config(stage: str = "first", data: str = "data/shapes") -> TrainConfig:
     config.step.dtype = "float32"
 
     config.checkpoint.every = 250
-    config.validation.every = 500
+    config.validation.every = 1000
     config.validation.images = 40
     config.log.every = 10
     return config

@@ -85,6 +85,7 @@ class DecoderConfig:
     mlp_dim: int = 2048
     dropout: float = 0.1
     num_queries: int = 200
+    spread_queries: bool = False  # fresh queries start with small boxes all over the picture
     remat: bool = False
 
 
@@ -194,25 +195,27 @@ def tiny() -> ModelConfig:
 
 
 def demo() -> ModelConfig:
-    """Every stage, small enough to be trained on two cores and shipped (256 pixels, 32x32 grid)."""
+    """Every stage, small enough to be trained on two cores and shipped (256 pixels, 16x16 grid)."""
     return ModelConfig(
         image_size=256,
         dim=64,
         vision=VisionConfig(
-            patch_size=8,
+            patch_size=16,
             dim=128,
             depth=6,
-            num_heads=4,
+            num_heads=2,
             mlp_dim=384,
-            window_size=8,
+            window_size=4,
             global_blocks=(1, 3, 5),
-            pos_grid=8,
+            pos_grid=4,
             drop_path=0.0,
         ),
         text=TextConfig(context_length=16, dim=64, depth=2, num_heads=4, mlp_dim=128),
-        geometry=GeometryConfig(depth=1, num_heads=4, mlp_dim=256, dropout=0.0),
-        fusion=FusionConfig(depth=2, num_heads=4, mlp_dim=256, dropout=0.0),
-        decoder=DecoderConfig(depth=3, num_heads=4, mlp_dim=256, dropout=0.0, num_queries=32),
+        geometry=GeometryConfig(depth=1, num_heads=2, mlp_dim=256, dropout=0.0),
+        fusion=FusionConfig(depth=2, num_heads=2, mlp_dim=256, dropout=0.0),
+        decoder=DecoderConfig(
+            depth=3, num_heads=2, mlp_dim=256, dropout=0.0, num_queries=32, spread_queries=True
+        ),
         scoring=ScoringConfig(mlp_dim=256, dropout=0.0),
         segmentation=SegmentationConfig(num_heads=4),
         sam=SamConfig(num_heads=4, mlp_dim=256),

@@ -1,9 +1,7 @@
 """Fine-tuning learns from real pictures: coins that it has not seen, by figures of its own.
 
-scikit-image's photograph of 24 coins, with masks by its gallery's segmentation, becomes two COCO
-files of crops: the upper twelve coins to train on, the lower twelve held out. Crops of grass,
-gravel and brick show no coin, and no picture shows the second category. The recipe of
-``configs/sam3_finetune.py``, at rates that suit random weights, trains the toy model.
+The recipe of ``configs/sam3_finetune.py``, at rates that suit random weights, trains the toy model
+on crops of ``sam3_jax/demo/coins.py``.
 """
 
 from __future__ import annotations
@@ -12,84 +10,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage
-from skimage import data, filters, measure, segmentation
+from skimage import measure
 
 import tiny_run
-from data_sets import rle, write_json
+from sam3_jax.demo.coins import MIDDLE, SIDE, coins, crops, textures, write_coco
 from sam3_jax.trainer.logs import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE = 112  # of the crops, in pixels of the photograph, and of the toy model's images
-MIDDLE = 150  # no coin crosses this row
 STEPS = 1000
 TIMEOUT = 1800  # seconds, for machines that do other things too
-
-Picture = tuple[np.ndarray, list[np.ndarray]]  # pixels and the masks of its coins
-
-
-def coins() -> Picture:
-    """The photograph, 303 x 384, and its coins: regions of the watershed of its edges."""
-    photo = data.coins()
-    markers = np.where(photo < 30, 1, np.where(photo > 150, 2, 0))
-    inside = segmentation.watershed(filters.sobel(photo), markers) == 2
-    labels, _ = ndimage.label(ndimage.binary_fill_holes(inside))
-    regions = [region.label for region in measure.regionprops(labels) if region.area > 100]
-    return photo, [labels == label for label in regions]
-
-
-def crops(first: int, last: int, steps: tuple[int, int]) -> Iterator[Picture]:
-    """Squares of rows ``first`` to ``last`` whose coins are all seen to a quarter at least."""
-    photo, masks = coins()
-    for y in range(first, last - SIDE + 1, steps[0]):
-        for x in range(0, photo.shape[1] - SIDE + 1, steps[1]):
-            cut = np.s_[y : y + SIDE, x : x + SIDE]
-            seen = [mask[cut].sum() / mask.sum() for mask in masks]
-            if all(share == 0 or share > 0.25 for share in seen):
-                yield photo[cut], [m[cut] for m, share in zip(masks, seen, strict=True) if share]
-
-
-def textures(columns: slice, count: int) -> Iterator[Picture]:
-    """Squares without coins, ``count`` of each photograph's columns."""
-    for load in (data.grass, data.gravel, data.brick):
-        photo = load()[:, columns]
-        for i in range(count):
-            yield photo[100 * i : 100 * i + SIDE, 20 * i : 20 * i + SIDE], []
-
-
-def write_coco(folder: Path, pictures: list[Picture]) -> Path:
-    """Pictures, and a file that says which coins they show; returns the file."""
-    folder.mkdir(parents=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (pixels, masks) in enumerate(pictures):
-        name = f"{number:03d}.png"
-        Image.fromarray(pixels).convert("RGB").save(folder / name)
-        images.append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
-        for mask in masks:
-            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-            box = [columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": 1,
-                    "bbox": [int(value) for value in box],
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "segmentation": rle(mask),
-                }
-            )
-    names = [{"id": 1, "name": "coin"}, {"id": 2, "name": "button"}]
-    content = {"images": images, "annotations": annotations, "categories": names}
-    return write_json(folder / "annotations.json", content)
 
 
 def environment(cache: Path) -> dict[str, str]:

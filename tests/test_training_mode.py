@@ -25,7 +25,7 @@ ZERO = jnp.zeros(1, jnp.int32)
 class FreshValues:
     """Initial value of a parameter by its path, without making the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: config.ModelConfig = CONFIG) -> None:
         self._makers = {}
         param = nn.Module.param
 
@@ -35,7 +35,7 @@ class FreshValues:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nn.Module, "param", spy)
-            init_shapes(CONFIG)
+            init_shapes(model)
 
     def __getitem__(self, path: str) -> np.ndarray:
         init, shape = self._makers[path]
@@ -100,6 +100,22 @@ def scene(model):
     ids = rng.integers(300, 40000, (1, 32)).astype(np.int32)
     levels = model("encode_image", pixels, tracker=False).detector
     return jnp.asarray(pixels), levels, model("encode_text", ids)
+
+
+def test_queries_spread_over_the_picture():
+    """Every place has a query's box near it, where boxes by chance crowd in the middle."""
+    demo = config.demo()
+    assert demo.decoder.spread_queries
+    logits = FreshValues(demo)["decoder/reference_points/embedding"]
+    boxes = 1 / (1 + np.exp(-logits))
+    n = demo.decoder.num_queries
+    assert boxes.shape == (n, 4)
+    np.testing.assert_allclose(boxes[:, 2:], n**-0.5, rtol=1e-5)
+    places = (np.stack(np.meshgrid(*[np.arange(16)] * 2), -1).reshape(-1, 1, 2) + 0.5) / 16
+    farthest = np.abs(places - boxes[:, :2]).max(-1).min(-1).max()
+    assert farthest < 1.1 * n**-0.5  # of a perfect grid: half of that
+    by_chance = 1 / (1 + np.exp(-FreshValues()["decoder/reference_points/embedding"]))
+    assert np.abs(by_chance[:, 2:] - 0.5).max() > 0.2
 
 
 def test_dropout_follows_its_key(model, scene):

@@ -56,6 +56,21 @@ def _log_distance(
     return jnp.sign(delta) * jnp.log2(jnp.abs(delta) + 1.0) / math.log2(8)
 
 
+def _spread_boxes(
+    key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "q 4"]:
+    """Logits of boxes that cover the picture evenly, to start from instead of chance.
+
+    Each query then has objects near it from the first step on, where boxes at random begin alike in
+    the middle, half as large as the picture. Centres are the Kronecker sequence of the plastic
+    number, sides the distance between neighbours.
+    """
+    plastic = 1.32471795724474602596
+    centres = (0.5 + jnp.arange(1, shape[0] + 1)[:, None] / plastic ** jnp.array([1, 2])) % 1.0
+    sides = jnp.full_like(centres, shape[0] ** -0.5)
+    return inverse_sigmoid(jnp.concatenate([centres, sides], axis=1)).astype(dtype)
+
+
 class DecoderLayer(nn.Module):
     """One post-norm layer. The presence token stands first in the query axis."""
 
@@ -67,12 +82,12 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "p q d"],
-        pos: Float[Array, "p q d"],
+        pos: Float[Array, "#p q d"],
         prompt: Float[Array, "p m d"],
         prompt_mask: Bool[Array, "p m"],
         memory: Float[Array, "p n d"],
         memory_pos: Float[Array, "#p n d"],
-        bias: Float[Array, "p h q n"],
+        bias: Float[Array, "#p h q n"],
         one_to_one: int,
         deterministic: bool = True,
     ) -> Float[Array, "p q d"]:
@@ -130,13 +145,13 @@ class Decoder(nn.Module):
         cfg = self.config
         prompts, copies = memory.shape[0], 2 if dac else 1
         queries = Embedding(cfg.num_queries, self.dim, name="query_embed")()
-        reference = nn.sigmoid(Embedding(cfg.num_queries, 4, name="reference_points")())
+        start = _spread_boxes if cfg.spread_queries else nn.initializers.normal(1.0)
+        reference = nn.sigmoid(Embedding(cfg.num_queries, 4, start, name="reference_points")())
         presence = Embedding(1, self.dim, nn.initializers.xavier_uniform(), name="presence_token")()
         x = jnp.concatenate([presence, *[queries] * copies])
         x = jnp.broadcast_to(x, (prompts, *x.shape))
-        boxes = jnp.broadcast_to(
-            jnp.concatenate([reference] * copies), (prompts, copies * cfg.num_queries, 4)
-        )
+        # The first layer reads the same boxes for every prompt: one row, until a layer moves them.
+        boxes = jnp.concatenate([reference] * copies)[None]
         norm = LayerNorm(name="norm")
         presence_norm = LayerNorm(name="presence_norm")
         presence_head = Head(self.dim, 1, 3, init="xavier", name="presence_head")
