@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sam3_jax.inference.options import Options
     from sam3_jax.inference.postprocess import Detections
     from sam3_jax.inference.prompts import Prompt
+    from sam3_jax.video.config import VideoConfig
+    from sam3_jax.video.display import VideoFrame
+    from sam3_jax.video.predictor import VideoPredictor
+    from sam3_jax.video.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +27,10 @@ __all__ = [
     "ImagePredictor",
     "Options",
     "Prompt",
+    "Session",
+    "VideoConfig",
+    "VideoFrame",
+    "VideoPredictor",
     "__version__",
 ]
 
@@ -32,6 +40,10 @@ _HOMES = {
     "ImagePredictor": "sam3_jax.inference.image",
     "Options": "sam3_jax.inference.options",
     "Prompt": "sam3_jax.inference.prompts",
+    "Session": "sam3_jax.video.session",
+    "VideoConfig": "sam3_jax.video.config",
+    "VideoFrame": "sam3_jax.video.display",
+    "VideoPredictor": "sam3_jax.video.predictor",
 }
 
 

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from sam3_jax.ops.convolution import conv2d
+from sam3_jax.sharding import batch_sharding, make_mesh
 
-CASES = [(3, 1, 1, 1), (3, 2, 1, 1), (4, 4, 0, 1), (1, 1, 0, 1), (7, 1, 3, 6)]
+# Size, stride, padding, groups, channels out; the last one is depthwise.
+CASES = [(3, 1, 1, 1, 12), (3, 2, 1, 1, 12), (4, 4, 0, 1, 12), (1, 1, 0, 1, 12), (7, 1, 3, 6, 12)]
+CASES.append((7, 1, 3, 6, 6))
 
 
-@pytest.mark.parametrize(("size", "stride", "pad", "groups"), CASES)
-def test_value_and_gradients(size: int, stride: int, pad: int, groups: int) -> None:
+@pytest.mark.parametrize(("size", "stride", "pad", "groups", "out"), CASES)
+def test_value_and_gradients(size: int, stride: int, pad: int, groups: int, out: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 12, 8, 6)).astype(np.float32)
-    kernel = rng.standard_normal((size, size, 6 // groups, 12)).astype(np.float32)
+    kernel = rng.standard_normal((size, size, 6 // groups, out)).astype(np.float32)
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).requires_grad_()
     image = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
     y = torch.nn.functional.conv2d(image, weight, stride=stride, padding=pad, groups=groups)
@@ -36,3 +39,25 @@ def test_value_and_gradients(size: int, stride: int, pad: int, groups: int) -> N
         (dkernel, weight.grad.numpy().transpose(2, 3, 1, 0)),
     ]:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("images", "split"), [(8, True), (6, True), (5, False)])
+def test_gradients_on_a_mesh(images: int, *, split: bool) -> None:
+    """Each device sums over its own images; five cannot be split."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((images, 8, 8, 4)), jnp.float32) for _ in range(2))
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 4, 4)), jnp.float32)
+
+    def gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda *args: conv2d(*args, 1, 1), x, kernel)[1](dy)
+
+    expected = gradients(x, kernel, dy)
+    with jax.set_mesh(mesh):
+        if images % 4 == 0:
+            x, dy = jax.device_put((x, dy), batch_sharding(mesh))
+        program = jax.jit(gradients).lower(x, kernel, dy).compile()
+        found = program(x, kernel, dy)
+    assert ("all-reduce" in program.as_text()) == split
+    for ours, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=1e-4)  # another order of summing

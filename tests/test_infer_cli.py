@@ -201,7 +201,7 @@ def test_results_that_cannot_be_written(run, photos, monkeypatch, capsys):
         (["--input", "x.jpg", "--prompt", "a", "--nms", "box"], "invalid choice"),
         (["--input", "x.jpg", "--prompt", "a", "--batch-size", "-1"], "not a whole number"),
         (["--merge"], "no results in"),
-        (["--input", ".", "--prompt", "a"], "no pictures in the folder ."),
+        (["--input", ".", "--prompt", "a"], "no pictures or videos in the folder ."),
     ],
 )
 def test_mistakes_are_explained(run, arguments, message, capsys, monkeypatch, tmp_path):

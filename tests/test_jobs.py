@@ -23,10 +23,10 @@ def one(folder: Path, line: str | bytes) -> Job | BadLine:
 
 def test_the_example_of_the_documentation_is_read(tmp_path):
     lines = [line.strip() for line in jobs.__doc__.splitlines() if line.startswith("    ")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     path = tmp_path / "jobs.jsonl"
     path.write_text("\ufeff" + "\r\n\r\n".join(lines), encoding="utf-8")  # as Windows writes it
-    a, b, c, d, e = read_jobs(path)
+    a, b, c, d, e, f = read_jobs(path)
     assert a.image == tmp_path / "a.jpg"
     assert a.phrases == ("cat", "red car")
     assert a.threshold == 0.4
@@ -35,7 +35,8 @@ def test_the_example_of_the_documentation_is_read(tmp_path):
     assert (d.points, d.point_labels) == (((320, 200), (10, 10)), (1, 0))
     assert e.image == tmp_path / "sub" / "e.png"
     assert e.object_box == (30, 20, 400, 300)
-    assert [job.about_object for job in (a, b, c, d, e)] == [False] * 3 + [True] * 2
+    assert (f.image, f.frame, e.frame) == (tmp_path / "clip.mp4", 12, None)
+    assert [job.about_object for job in (a, b, c, d, e, f)] == [False] * 3 + [True] * 3
 
 
 def test_keys_are_stable_and_tell_jobs_apart(tmp_path):
@@ -174,7 +175,7 @@ def test_folders_with_folders(tree):
 
 @pytest.mark.parametrize("pattern", ["*.bmp", "nowhere/**/*.jpg", "no[tes]*.gif"])
 def test_a_pattern_without_pictures(tree, pattern):
-    with pytest.raises(UsageError, match="no picture matches"):
+    with pytest.raises(UsageError, match="no picture or video matches"):
         files.expand_inputs([tree / pattern])
 
 

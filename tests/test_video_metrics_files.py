@@ -273,9 +273,3 @@ def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, change, arguments
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-
-
-def test_a_checkpoint_cannot_be_measured_on_videos_yet(tmp_path, capsys):
-    gt, _ = write(tmp_path, *small())
-    assert run("--gt", gt, "--checkpoint", "x", "--output", tmp_path / "out") == 2
-    assert "measured with --predictions" in capsys.readouterr().err

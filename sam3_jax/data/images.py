@@ -65,7 +65,7 @@ def load_image(source: ImageSource) -> UInt8[np.ndarray, "h w 3"]:
             f"got {type(source).__name__}"
         )
     path = Path(os.fsdecode(source))
-    name = _printable(path)
+    name = printable(str(path))
     _check_file(path, name)
     try:
         file = path.open("rb")
@@ -97,10 +97,9 @@ def _normalized_values() -> Float32[np.ndarray, " 256"]:
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-def _printable(path: Path) -> str:
-    """The path on one line, in characters that any terminal and any file can take."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
-    return "".join(escaped)
+def printable(name: str) -> str:
+    """A name on one line, in characters that any terminal and any file can take."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _check_file(path: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3_jax.inference.cli import parse_threshold
+from sam3_jax.inference.arguments import PRESETS, parse_threshold
 from sam3_jax.inference.files import UsageError
 
 MIN_SCORE = 0.05  # COCO AP wants low scores too; below this one they hardly count
@@ -21,8 +21,9 @@ USAGE = """
   %(prog)s --gt A.json [B.json C.json] --predictions P.json --output DIR
   %(prog)s --gt A.json [B.json C.json] --checkpoint DIR [--images DIR] --output DIR
   %(prog)s --gt VIDEOS.json|DAVIS_FOLDER --predictions FILE|FOLDER --output DIR
+  %(prog)s --gt VIDEOS.json|DAVIS_FOLDER --checkpoint DIR [--images DIR] --output DIR
   optional: --images DIR, --negatives all|none, --threshold P, --min-score P, --max-bad SHARE,
-  --gallery N, --dtype auto|bfloat16|float32, --sequences FILE"""
+  --gallery N, --dtype auto|bfloat16|float32, --sequences FILE, --preset P"""
 
 DESCRIPTION = """\
 Measure how well instances of phrases are found: cgF1 with all its parts, COCO AP, mIoU.
@@ -36,13 +37,16 @@ OUTPUT then holds metrics.json (everything), metrics.md (the table), phrases.csv
 row for each phrase and each image-phrase pair), and worst.png (the worst pairs, annotated and
 predicted side by side).
 
-Videos, which --gt is recognised to be by its content, from --predictions:
+Videos, which --gt is recognised to be by its content:
   YouTube-VIS and SA-Co VEval files: cgF1 of mask volumes, HOTA (of phrases and of categories) and
     TETA; predictions in YouTube-VIS' result layout, or files with videos, categories and
     annotations of their own, one or a folder of them. Writes metrics.json, metrics.md, pairs.csv,
     videos.csv and phrases.csv.
   Folders of indexed PNGs, as DAVIS has them: J&F, region similarity and contour accuracy;
-    predictions in the same layout. Writes metrics.json, metrics.md, objects.csv, sequences.csv."""
+    predictions in the same layout. Writes metrics.json, metrics.md, objects.csv, sequences.csv.
+With --checkpoint the videos are looked through for their phrases, or the objects followed from the
+masks of their first frame; OUTPUT/predictions has what was found, and a run that was stopped goes
+on with the next video."""
 
 EXAMPLES = """\
 examples:
@@ -61,6 +65,11 @@ examples:
         --output out
   DAVIS 2017, the sequences of its validation split:
     %(prog)s --gt DAVIS --sequences DAVIS/ImageSets/2017/val.txt --predictions masks/ --output out
+  a checkpoint on them:
+    %(prog)s --gt saco_veval_sav_test.json --checkpoint sam3_jax_ckpt --images JPEGImages_24fps/ \\
+        --output out
+    %(prog)s --gt DAVIS --sequences DAVIS/ImageSets/2017/val.txt --checkpoint sam3_jax_ckpt \\
+        --output out
 
 What each figure is, and every choice behind it: docs/evaluation.md."""
 
@@ -94,7 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         metavar="DIR",
         type=Path,
-        help="folder of the pictures (default: the folder of the first annotation file)",
+        help="folder of the pictures, videos or folders of frames (default: that of the first "
+        "annotation file; DAVIS: its JPEGImages)",
     )
     add("--output", required=True, metavar="DIR", type=Path, help="folder for the results")
     _add_settings(parser)
@@ -141,6 +151,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="precision of computation; auto: bfloat16 on GPU and TPU, float32 on CPU",
     )
     add(
+        "--preset",
+        default="default",
+        choices=PRESETS,
+        help="videos with --checkpoint: rules of tracking, see infer.py (default %(default)s)",
+    )
+    add(
         "--sequences",
         metavar="FILE",
         type=Path,
@@ -163,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: cannot write the results: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; predictions.json holds what was done", file=sys.stderr)
+        print("interrupted; the predictions hold what was done", file=sys.stderr)
         return 130
 
 
@@ -181,9 +197,11 @@ def _run(args: argparse.Namespace) -> int:
 
     layouts = [video_layout(path) for path in args.gt]
     if any(layouts):
-        run_videos(args, layouts)
+        failed = run_videos(args, layouts)
         print(f"written to {args.output}")
-        return 0
+        if failed:
+            print(f"{failed} videos failed and are in no figure", file=sys.stderr)
+        return int(failed > 0)
     images = args.images or annotation_file(args.gt[0]).parent
     if args.images and not args.images.is_dir():
         raise UsageError(f"{args.images}: no such folder; --images names that of the pictures")

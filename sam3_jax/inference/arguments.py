@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 
 from sam3_jax.inference.options import BOXES, NMS
+
+PRESETS = ("default", "sam3", "sam3.1")
 
 USAGE = """
   %(prog)s --checkpoint DIR --input FILE... --prompt TEXT... --output DIR
   %(prog)s --checkpoint DIR --input FILE... --box x0,y0,x1,y1[,+|-]... [--prompt ...] --output DIR
   %(prog)s --checkpoint DIR --input FILE --point x,y[,+|-]... --output DIR
   %(prog)s --checkpoint DIR --input FILE... --everything --output DIR
+  %(prog)s --checkpoint DIR --input VIDEO... --prompt TEXT... --output DIR
+  %(prog)s --checkpoint DIR --video --input FOLDER_OF_FRAMES... --prompt TEXT... --output DIR
   %(prog)s --checkpoint DIR --jobs FILE.jsonl --output DIR
   %(prog)s --merge --output DIR
   %(prog)s --checkpoint DIR --export DIR
@@ -19,11 +24,14 @@ USAGE = """
 
 DESCRIPTION = """\
 Find every instance of a concept in pictures: a phrase, example boxes, or both. Or segment one
-object by points, a box or a mask; or everything there is.
+object by points, a box or a mask; or everything there is. In videos the same is followed from frame
+to frame, every object with a number of its own, in memory that does not grow with the length.
 
 OUTPUT/results.json holds all masks in COCO format (run-length encoded, with boxes and scores);
-OUTPUT/NAME_overlay.png shows them. A picture that cannot be read is reported and skipped. A run
-that was stopped, or killed, goes on where it was when the same command is given again."""
+OUTPUT/NAME_overlay.png shows them. Of a video OUTPUT/NAME_tracks.json has the masks of every object
+in every frame (YouTube-VIS layout), NAME_overlay.mp4 and NAME_sheet.jpg show them. What cannot be
+read is reported and skipped. A run that was stopped, or killed, goes on where it was when the same
+command is given again: with the next picture or video."""
 
 EXAMPLES = """\
 examples:
@@ -45,18 +53,26 @@ examples:
         --labelme --yolo --no-overlay --batch-size 10 --output out
   small things in a huge picture:
     %(prog)s --checkpoint sam3_jax_ckpt --input aerial.tif --prompt "car" --tile 1500 --output out
+  a video, two phrases in one pass:
+    %(prog)s --checkpoint sam3_jax_ckpt --input clip.mp4 --prompt "red car" "person" --output out
+  one object through a video, clicked on in frame 40:
+    %(prog)s --checkpoint sam3_jax_ckpt --input clip.mp4 --point 320,240 --at 40 --output out
+  a folder of frames, every second one of the first thousand:
+    %(prog)s --checkpoint sam3_jax_ckpt --video --input frames/ --fps 30 --frames :1000:2 \\
+        --prompt "dog" --output out
   four machines that share the disk (then once: %(prog)s --merge --output out):
     %(prog)s ... --shard 0/4 --output out      %(prog)s ... --shard 1/4 --output out      ...
 
 Different prompts for every picture: --jobs FILE, one JSON object a line, for example
     {"image": "a.jpg", "phrases": ["cat"], "boxes": [[9, 8, 60, 90]], "threshold": 0.4}
     {"image": "b.jpg", "points": [[320, 200]]}
-(all keys: docs/inference.md).
+    {"image": "clip.mp4", "object_box": [30, 20, 400, 300], "frame": 12}
+(all keys: docs/inference.md). Videos have a page of their own: docs/video.md.
 
 The first picture takes longer: the model is compiled for this machine, and kept in
 ~/.cache/sam3_jax for the next time (SAM3_JAX_CACHE_DIR=DIR moves it, =off disables it).
 
-exit status: 0 all done, 1 some pictures failed (the results say why), 2 could not start,
+exit status: 0 all done, 1 some pictures or videos failed (the results say why), 2 could not start,
 130 interrupted."""
 
 Box = tuple[float, float, float, float]
@@ -114,6 +130,29 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def parse_span(text: str) -> tuple[int, int | None, int]:
+    """``"START:STOP:STEP"``, each of which may be left out, as in a slice of Python."""
+    parts = [part.strip() for part in text.split(":")]
+    if not 2 <= len(parts) <= 3 or not all(part.isdecimal() or not part for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP:STEP, such as 100:400 or ::5")
+    start, stop, step = (int(part) if part else None for part in [*parts, ""][:3])
+    start, step = start or 0, 1 if step is None else step
+    if step < 1 or (stop is not None and stop <= start):
+        raise argparse.ArgumentTypeError(f"{text!r} is no frame: START < STOP, STEP from 1 on")
+    return start, stop, step
+
+
+def parse_rate(text: str) -> Fraction:
+    """A number of frames a second, also as a quotient such as 30000/1001."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of frames a second up to 1000")
+    return rate
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All arguments."""
     parser = argparse.ArgumentParser(
@@ -134,13 +173,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inputs(parser)
     _add_prompts(parser)
     _add_settings(parser)
+    _add_videos(parser)
     _add_outputs(parser)
     _add_running(parser)
     return parser
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures")
+    group = parser.add_argument_group("pictures and videos")
     group.add_argument(
         "--input",
         nargs="+",
@@ -148,11 +188,18 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         type=Path,
-        help="pictures, folders of pictures, or patterns such as 'photos/**/*.jpg'",
+        help="pictures, videos (mp4, mov, webm, avi, mkv and more, by their suffix), folders of "
+        "them, or patterns such as 'photos/**/*.jpg'",
     )
     group.add_argument("--recursive", action="store_true", help="folders with all folders in them")
     group.add_argument(
-        "--jobs", metavar="FILE", type=Path, help="a picture and its prompts a line, instead"
+        "--video",
+        action="store_true",
+        help="all inputs are videos: a folder of pictures is the frames of one, in the order of "
+        "the numbers in their names; of a folder without any, each folder in it",
+    )
+    group.add_argument(
+        "--jobs", metavar="FILE", type=Path, help="a picture or video and its prompts a line"
     )
 
 
@@ -217,10 +264,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--threshold",
-        default=0.5,
         metavar="P",
         type=parse_threshold,
-        help="keep instances scored above this, 0 to 1 (default 0.5)",
+        help="keep instances scored above this, 0 to 1 (default 0.5); in videos, what is found "
+        "anew in a frame (default: the preset's, 0.5, and 0.7 for an object to begin)",
     )
     add(
         "--no-presence",
@@ -279,10 +326,49 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_videos(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings of videos")
+    add = group.add_argument
+    add(
+        "--at",
+        metavar="FRAME",
+        type=parse_count,
+        help="the frame, from 0, that boxes, points and the mask are on (default: the first); an "
+        "object is followed from there",
+    )
+    add(
+        "--frames",
+        default=(0, None, 1),
+        metavar="START:STOP:STEP",
+        type=parse_span,
+        help="a part of the frames: 100:400 from 100 up to 399, ::5 every fifth (default: all)",
+    )
+    add("--fps", metavar="N", type=parse_rate, help="frames a second of folders (default 25)")
+    add(
+        "--preset",
+        default="default",
+        choices=PRESETS,
+        help="rules of tracking: as released in SAM 3 or in SAM 3.1, or SAM 3's but with no object "
+        "depending on the company of others (default)",
+    )
+    add(
+        "--delay",
+        metavar="FRAMES",
+        type=parse_count,
+        help="frames after which a result is final, at most (default: the preset's 14); with less, "
+        "objects are in the results that soon turn out to be none",
+    )
+    add(
+        "--verbose",
+        action="store_true",
+        help="say what memory tracking takes, and the speed of every video",
+    )
+
+
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("outputs beside results.json")
     add = group.add_argument
-    add("--no-overlay", action="store_true", help="do not draw pictures")
+    add("--no-overlay", action="store_true", help="draw no pictures, videos or contact sheets")
     add("--masks", action="store_true", help="every mask as a black and white PNG")
     add("--semantic", action="store_true", help="a probability map for each phrase as PNG")
     add("--labelme", action="store_true", help="polygons for LabelMe (JSON)")
@@ -310,7 +396,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default=4,
         metavar="N",
         type=parse_count,
-        help="threads each for reading and writing (default 4)",
+        help="threads each for reading and writing, of videos for drawing (default 4)",
     )
     add("--overwrite", action="store_true", help="start again, instead of going on")
     add("--shard", metavar="I/N", type=parse_shard, help="work on part I (from 0) of N")

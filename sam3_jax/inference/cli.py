@@ -1,6 +1,6 @@
-"""``infer.py``: find things in pictures and write masks and overlays.
+"""``infer.py``: find things in pictures and videos and write masks and overlays.
 
-Exit status: 0 all pictures done, 1 some failed (the others are in the results), 2 could not start,
+Exit status: 0 all done, 1 some failed (the others are in the results), 2 could not start,
 130 interrupted.
 """
 
@@ -20,7 +20,7 @@ import PIL.Image
 
 from sam3_jax.demo.weights import KNOWN, weights_path
 from sam3_jax.inference.arguments import build_parser, parse_threshold
-from sam3_jax.inference.files import UsageError, expand_inputs
+from sam3_jax.inference.files import UsageError, expand_inputs, is_video
 from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, read_jobs
 
 if TYPE_CHECKING:
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from sam3_jax.inference.work import Settings
 
 __all__ = ["main", "parse_threshold"]
+
+THRESHOLD = 0.5  # of pictures
+# Options with their defaults that one kind of input does not have.
+OF_PICTURES = {
+    "no_presence": False,
+    "nms": "none",
+    "max_instances": 0,
+    "tile": 0,
+    "masks": False,
+    "semantic": False,
+    "labelme": False,
+    "yolo": False,
+}
+OF_VIDEOS = {"at": None, "frames": (0, None, 1), "fps": None, "preset": "default", "delay": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +86,12 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _merge(args: argparse.Namespace) -> int:
     from sam3_jax.inference.merge import merge
+    from sam3_jax.inference.records import PARTS
 
-    print(merge(_output(args)))
+    output = _output(args)
+    if (output / "videos").is_dir() and not any(output.glob(PARTS)):
+        raise UsageError(f"{output} has results of videos only, which need no merging")
+    print(merge(output))
     return 0
 
 
@@ -130,10 +148,10 @@ def read_work(args: argparse.Namespace) -> list[Job | BadLine]:
     given = any(value for value in prompts.values()) or args.everything
     if args.jobs:
         if given or args.input:
-            raise UsageError("--jobs names pictures and prompts: leave out --input and prompts")
+            raise UsageError("--jobs names inputs and prompts: leave out --input and prompts")
         return list(read_jobs(args.jobs))
     if not args.input:
-        raise UsageError("say which pictures: --input FILE..., or --jobs FILE")
+        raise UsageError("say which pictures or videos: --input FILE..., or --jobs FILE")
     if not given:
         raise UsageError('say what to look for: --prompt "cat", --box x0,y0,x1,y1, or both')
     if not all(phrase.strip() for phrase in prompts["phrases"]):
@@ -142,16 +160,42 @@ def read_work(args: argparse.Namespace) -> list[Job | BadLine]:
         if any(value for value in prompts.values()):
             raise UsageError("--everything takes no prompts")
         prompts = {"phrases": ["object"]}
-    files = expand_inputs(args.input, recursive=args.recursive)
+    files = expand_inputs(args.input, recursive=args.recursive, as_videos=args.video)
     try:
-        return [make_job(file, **prompts) for file in files]
+        return [make_job(file, **prompts, frame=args.at) for file in files]
     except JobError as error:
         raise UsageError(str(error)) from error
 
 
+def split_work(
+    args: argparse.Namespace, work: Sequence[Job | BadLine]
+) -> tuple[list[Job | BadLine], list[Job]]:
+    """Pictures, with lines that cannot be used, and videos.
+
+    Raises:
+      UsageError: on options of the one kind where there is only the other.
+    """
+    pictures: list[Job | BadLine] = []
+    videos: list[Job] = []
+    for job in work:
+        about_video = isinstance(job, Job) and (args.video or is_video(job.image))
+        (videos if about_video else pictures).append(job)
+    for options, of, there, hint in (
+        (OF_PICTURES, "pictures", pictures, ""),
+        (OF_VIDEOS, "videos", videos, "; a folder of frames is one with --video"),
+    ):
+        for name, default in options.items():
+            if not there and getattr(args, name) != default:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} is for {of}, and there are none{hint}")
+    if videos and args.everything:
+        raise UsageError("--everything is for pictures; leave out the videos")
+    return pictures, videos
+
+
 def _run(args: argparse.Namespace) -> int:
     output = _output(args)
-    work = read_work(args)
+    pictures, videos = split_work(args, read_work(args))
     checkpoint = _checkpoint(args)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -161,32 +205,80 @@ def _run(args: argparse.Namespace) -> int:
     # Warnings of Pillow are about what it then reads, or refuses with an error that we report.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     PIL.Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000 or None  # refused from twice that on
-    # Only now what takes seconds to import: --help and mistakes answer at once.
-    from sam3_jax.checkpoint import CheckpointError
-    from sam3_jax.inference import bulk
-
     share = _share(args)
+    engine, failed = _load(args, checkpoint), 0
     try:
-        engine = bulk.load_engine(checkpoint, dtype=args.dtype, resolution=args.resolution)
-        settings = _settings(args, engine)
-    except (CheckpointError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    info = {"checkpoint": checkpoint, **_description(args, engine)}
-    start = time.monotonic()
-    try:
-        summary = bulk.run(
-            engine, work, output, settings, info=info, share=share, overwrite=args.overwrite
-        )
+        if pictures:
+            failed += _run_pictures(args, engine, pictures, output, checkpoint, share)
+        if videos:
+            failed += _run_videos(args, engine, videos, output, checkpoint, share)
     except OSError as error:
         print(f"error: cannot write the results: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # of the devices, or weights that the checkpoint lacks
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    if failed:
+        print(f"{failed} failed; the results say why", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _load(args: argparse.Namespace, checkpoint: str) -> Engine:
+    # Only now what takes seconds to import: --help and mistakes answer at once.
+    from sam3_jax.checkpoint import CheckpointError
+    from sam3_jax.inference import bulk
+
+    try:
+        return bulk.load_engine(checkpoint, dtype=args.dtype, resolution=args.resolution)
+    except (CheckpointError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _run_pictures(
+    args: argparse.Namespace,
+    engine: Engine,
+    work: Sequence[Job | BadLine],
+    output: Path,
+    checkpoint: str,
+    share: Share,
+) -> int:
+    """How many failed."""
+    from sam3_jax.inference import bulk
+
+    try:
+        settings = _settings(args, engine)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    info = {"checkpoint": checkpoint, **_description(args, engine)}
+    start = time.monotonic()
+    summary = bulk.run(
+        engine, work, output, settings, info=info, share=share, overwrite=args.overwrite
+    )
     print(_report(summary, time.monotonic() - start))
-    if summary.failed:
-        print(f"{summary.failed} failed; the results say why", file=sys.stderr)
-    return int(summary.failed > 0)
+    return summary.failed
+
+
+def _run_videos(
+    args: argparse.Namespace,
+    engine: Engine,
+    jobs: Sequence[Job],
+    output: Path,
+    checkpoint: str,
+    share: Share,
+) -> int:
+    """How many failed."""
+    from sam3_jax.video.command import run_videos
+
+    start = time.monotonic()
+    summary = run_videos(args, engine, jobs, output, checkpoint=checkpoint, share=share)
+    done = f"{summary.done} of {summary.done + len(summary.failed)} videos"
+    before = f" ({summary.skipped} done before)" if summary.skipped else ""
+    seconds = time.monotonic() - start
+    print(
+        f"{done}{before}, {summary.frames} frames, {summary.objects} objects, {seconds:.1f} s: "
+        f"{output}"
+    )
+    return len(summary.failed)
 
 
 def _share(args: argparse.Namespace) -> Share:
@@ -220,7 +312,7 @@ def _settings(args: argparse.Namespace, engine: Engine) -> Settings:
     ).check()
     everything = Everything(args.points_per_side, args.crop_layers) if args.everything else None
     return Settings(
-        threshold=args.threshold,
+        threshold=THRESHOLD if args.threshold is None else args.threshold,
         options=options,
         batch_size=args.batch_size or engine.default_batch_size,
         tile=args.tile,
@@ -239,7 +331,7 @@ def _description(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     info = {
         "dtype": engine.dtype.name,
         "resolution": engine.config.image_size,
-        "threshold": args.threshold,
+        "threshold": THRESHOLD if args.threshold is None else args.threshold,
         "presence": not args.no_presence,
         "nms": None if args.nms == "none" else [args.nms, args.nms_threshold],
         "max_instances": args.max_instances,

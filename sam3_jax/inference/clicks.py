@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sam3_jax.data.images import load_image
@@ -60,6 +60,19 @@ def read_mask_prompt(path: Path, size: tuple[int, int], side: int) -> Float[np.n
       ImageError: when it cannot be read.
       PromptError: when it does not have the picture's size or shows nothing.
     """
+    inside = read_mask(path, size)
+    small = Image.fromarray(np.where(inside, 255, 0).astype(np.uint8))
+    share = np.asarray(small.resize((side, side), Image.Resampling.BOX), np.float32) / 255
+    return (2 * share - 1) * MASK_LOGIT
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """A picture of a mask, anything but black being the object.
+
+    Raises:
+      ImageError: when it cannot be read.
+      PromptError: when it does not have the picture's size or shows nothing.
+    """
     mask: UInt8[np.ndarray, "h w 3"] = load_image(path)
     if mask.shape[:2] != size:
         raise PromptError(
@@ -69,6 +82,4 @@ def read_mask_prompt(path: Path, size: tuple[int, int], side: int) -> Float[np.n
     inside = mask.any(axis=2)
     if not inside.any():
         raise PromptError(f"{path}: the mask is empty")
-    small = Image.fromarray(np.where(inside, 255, 0).astype(np.uint8))
-    share = np.asarray(small.resize((side, side), Image.Resampling.BOX), np.float32) / 255
-    return (2 * share - 1) * MASK_LOGIT
+    return inside

@@ -1,4 +1,4 @@
-"""Which pictures a command works on, what their outputs are called, and how files are replaced."""
+"""Which pictures and videos a command works on, how outputs are called, how files are replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split()
+)
 OVERLAY_SUFFIX = "_overlay.png"
+VIDEO_OVERLAY_SUFFIX, SHEET_SUFFIX = "_overlay.mp4", "_sheet.jpg"
+OUTPUT_SUFFIXES = (OVERLAY_SUFFIX, VIDEO_OVERLAY_SUFFIX, SHEET_SUFFIX)
 OUTPUT_FOLDERS = ("_masks", "_semantic")  # ends of the names of folders that we write
 NAME_BYTES = 120  # of an output's base name; file systems take 255, suffixes come after it
 
@@ -21,43 +26,65 @@ class UsageError(Exception):
     """What was asked for cannot be started."""
 
 
-def expand_inputs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Path]:
-    """Files as they are, folders as the pictures in them by name, each once; no outputs of ours.
+def expand_inputs(
+    inputs: Sequence[Path], *, recursive: bool = False, as_videos: bool = False
+) -> list[Path]:
+    """Files as they are, folders as what is in them by name, each once; no outputs of ours.
 
-    Patterns that no shell has expanded are expanded here: ``*``, ``?``, ``[ab]``, and ``**`` for
-    any number of folders. They give pictures only, unless they end in a suffix (``*.jp2``).
+    In a folder are pictures and video files. Patterns that no shell has expanded are expanded
+    here: ``*``, ``?``, ``[ab]``, and ``**`` for any number of folders. They give pictures and
+    videos only, unless they end in a suffix (``*.jp2``).
 
     Args:
       inputs: files, folders and patterns. A name that exists is not a pattern.
       recursive: folders with the folders in them.
+      as_videos: a folder with pictures is itself one video's frames and is given as such; of
+        another one, and with ``recursive``, so are the folders in it that have pictures.
 
     Raises:
-      UsageError: on a folder or a pattern without pictures, and on an unreadable folder.
+      UsageError: on a folder or a pattern without any, and on an unreadable folder.
     """
     files: dict[Path, None] = {}
     for path in inputs:
         if os.path.isdir(path):
-            found = _in_folder(path, recursive=recursive)
+            found = _in_folder(path, recursive=recursive, as_videos=as_videos)
             if not found:
-                kinds = " ".join(sorted(SUFFIXES))
-                raise UsageError(f"no pictures in the folder {path} (looked for {kinds})")
+                kinds = " ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
+                raise UsageError(f"no pictures or videos in the folder {path} (looked for {kinds})")
         elif glob.has_magic(str(path)) and not os.path.lexists(path):
-            found = _matches(path, recursive=recursive)
+            found = _matches(path, recursive=recursive, as_videos=as_videos)
             if not found:
-                raise UsageError(f"no picture matches {path}: check the folder and the pattern")
+                raise UsageError(
+                    f"no picture or video matches {path}: check the folder and the pattern"
+                )
         else:
             found = [path]
         files.update(dict.fromkeys(found))
     return list(files)
 
 
-def _in_folder(folder: Path, *, recursive: bool) -> list[Path]:
-    """Pictures in a folder by name."""
+def _in_folder(folder: Path, *, recursive: bool, as_videos: bool) -> list[Path]:
+    """Pictures and videos in a folder by name."""
+    pictures, videos = _listed(folder, recursive=recursive)
+    if not as_videos:
+        return sorted([*pictures, *videos])
+    folders = {picture.parent for picture in pictures}
+    if not (pictures or videos):
+        below = [p for p in folder.iterdir() if p.is_dir() and _is_input(p, folder)]
+        folders = {p for p in below if _listed(p, recursive=False)[0]}
+    return sorted([*folders, *videos])
+
+
+def _listed(folder: Path, *, recursive: bool) -> tuple[list[Path], list[Path]]:
+    """Pictures, and video files."""
     try:
         inside = list(folder.rglob("*") if recursive else folder.iterdir())
     except OSError as error:
         raise UsageError(f"cannot look into the folder {folder}: {error.strerror}") from error
-    return sorted(p for p in inside if p.suffix.lower() in SUFFIXES and _is_input(p, folder))
+    ours = [p for p in inside if _is_input(p, folder)]
+    kinds = (SUFFIXES, VIDEO_SUFFIXES)
+    pictures, videos = ([p for p in ours if p.suffix.lower() in kind] for kind in kinds)
+    return pictures, videos
 
 
 def _is_input(path: Path, top: Path) -> bool:
@@ -65,20 +92,21 @@ def _is_input(path: Path, top: Path) -> bool:
     below = path.relative_to(top).parts
     hidden = any(part.startswith(".") for part in below)
     ours = any(part.endswith(OUTPUT_FOLDERS) for part in below[:-1])
-    return not (hidden or ours or path.name.endswith(OVERLAY_SUFFIX))
+    return not (hidden or ours or path.name.endswith(OUTPUT_SUFFIXES))
 
 
-def _matches(pattern: Path, *, recursive: bool) -> list[Path]:
-    """What a pattern stands for: pictures, and the pictures in folders, by name."""
+def _matches(pattern: Path, *, recursive: bool, as_videos: bool) -> list[Path]:
+    """What a pattern stands for: pictures and videos, and those in folders, by name."""
     named = pattern.suffix and not glob.has_magic(pattern.suffix)
     magic = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     top = Path(*pattern.parts[:magic])
     found: dict[Path, None] = {}
     for path in sorted(map(Path, glob.iglob(str(pattern), recursive=True))):
         if path.is_dir():
-            inside = _in_folder(path, recursive=recursive)
+            inside = _in_folder(path, recursive=recursive, as_videos=as_videos)
         else:
-            inside = [path] if named or path.suffix.lower() in SUFFIXES else []
+            known = path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES
+            inside = [path] if named or known else []
         found.update(dict.fromkeys(p for p in inside if _is_input(p, top)))
     return list(found)
 
@@ -145,6 +173,11 @@ def _short(name: str) -> str:
     digest = hashlib.sha256(data).hexdigest()[:8]
     end = data[-(NAME_BYTES - 9) :].decode("utf-8", "ignore")
     return f"{digest}_{end}"
+
+
+def is_video(path: Path) -> bool:
+    """Whether a job about this path is about a video: by the suffix, or a folder of frames."""
+    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The work list: one picture and its prompts a job; and the file that holds many of them.
+"""The work list: one picture or video and its prompts a job; and the file that holds many of them.
 
 A job file is JSON lines in UTF-8: one object a line, blank lines and lines that start with ``#``
 are skipped. For example::
@@ -9,10 +9,12 @@ are skipped. For example::
     {"image": "c.jpg", "boxes": [[120, 80, 260, 310], [5, 5, 40, 70]]}
     {"image": "d.jpg", "points": [[320, 200], [10, 10]], "point_labels": [1, 0]}
     {"image": "sub/e.png", "object_box": [30, 20, 400, 300], "schema_version": 1}
+    {"image": "clip.mp4", "points": [[320, 200]], "frame": 12}
 
 Keys of a line:
 
-- ``image`` (required): path; a relative one starts at the folder of the job file.
+- ``image`` (required): path of a picture, a video, or a folder with a video's frames; a relative
+  one starts at the folder of the job file.
 - ``phrases``: list of texts, each searched for by itself.
 - ``boxes``: list of [x0, y0, x1, y1], exemplars that go with every phrase, or stand alone.
 - ``box_labels``: for each box 1 ("like this", the default) or 0 ("not like this").
@@ -20,6 +22,7 @@ Keys of a line:
 - ``points``: list of [x, y] on one object; ``point_labels``: 1 on it (default), 0 not on it.
 - ``object_box``: [x0, y0, x1, y1] around one object.
 - ``mask_prompt``: path of a mask of the object to start from; relative as ``image`` is.
+- ``frame``: of a video, that which boxes, points and the mask are on (default: the first).
 - ``schema_version``: 1, the version described here; a line without it is read as version 1. It
   stands on lines rather than in a header, so that job files can be split and concatenated.
 
@@ -38,7 +41,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sam3_jax.inference.files import UsageError
+from sam3_jax.inference.files import SUFFIXES, UsageError
 
 SCHEMA_VERSION = 1
 SHOWN = 200  # characters of a bad line that are kept
@@ -67,6 +70,7 @@ class Job(NamedTuple):
     object_box: Box | None = None
     mask_prompt: Path | None = None
     threshold: float | None = None
+    frame: int | None = None  # of a video: where boxes, points and the mask are; None: the first
 
     @property
     def about_object(self) -> bool:
@@ -105,6 +109,7 @@ def make_job(
     object_box: Values | None = None,
     mask_prompt: Values | None = None,
     threshold: Values | None = None,
+    frame: Values | None = None,
     folder: Path | None = None,
 ) -> Job:
     """Checks the prompts of one picture; for the arguments see the module's docstring.
@@ -131,6 +136,7 @@ def make_job(
         object_box=None if object_box is None else _object_box(object_box),
         mask_prompt=None if mask is None else start / mask,
         threshold=None if threshold is None else _threshold(threshold),
+        frame=None if frame is None else _frame(frame, given),
     )
     if job.about_object and (job.phrases or job.boxes or threshold is not None):
         raise JobError(
@@ -142,7 +148,8 @@ def make_job(
             'no prompt: give phrases such as ["cat"], boxes, points, an object_box or a mask_prompt'
         )
     mask_given = None if mask is None else mask.as_posix()
-    prompts = json.dumps([*job[2:8], mask_given, job.threshold])
+    where = [] if job.frame is None else [job.frame]
+    prompts = json.dumps([*job[2:8], mask_given, job.threshold, *where])
     digest = hashlib.sha256(prompts.encode()).hexdigest()[:12]
     return job._replace(key=f"{given.as_posix()}#{digest}")
 
@@ -275,3 +282,11 @@ def _threshold(value: Values) -> float:
     if not number or not 0 <= value <= 1:
         raise JobError(f"threshold must be a number from 0 to 1, got {value!r}")
     return float(value)
+
+
+def _frame(value: Values, image: Path) -> int:
+    if type(value) is not int or value < 0:
+        raise JobError(f"frame must be a whole number, 0 or more, got {value!r}")
+    if image.suffix.lower() in SUFFIXES:
+        raise JobError(f"frame is of videos, {image} is a picture")
+    return value

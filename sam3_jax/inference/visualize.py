@@ -93,7 +93,7 @@ def overlay(
         scores = detections.scores
         texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores, strict=True)]
 
-    extents = [_extent(mask) for mask in detections.masks]
+    extents = [extent_of(mask) for mask in detections.masks]
     areas = np.asarray([np.count_nonzero(mask) for mask in detections.masks], np.int64)
 
     def crop_of(i: int) -> Bool[np.ndarray, "h w"]:
@@ -110,6 +110,7 @@ def draw(
     areas: Int[np.ndarray, " n"],
     scores: Float[np.ndarray, " n"],
     texts: Sequence[str],
+    colors: Sequence[Color] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draws one mask after the other over a picture and returns a new one; see :func:`overlay`.
 
@@ -121,9 +122,10 @@ def draw(
       areas: of the masks in pixels.
       scores: the best are labelled first.
       texts: for each a label, which may be empty.
+      colors: one for each; None: those of :func:`palette`.
     """
     height, width = image.shape[:2]
-    colors = palette(len(scores))
+    colors = palette(len(scores)) if colors is None else colors
     line = max(1.4, 0.0028 * (height * width) ** 0.5)
     canvas = Image.fromarray(image).copy()
     # Small instances last: they stay visible in front of large ones.
@@ -134,7 +136,7 @@ def draw(
     return np.asarray(canvas)
 
 
-def _extent(mask: Bool[np.ndarray, "h w"]) -> Rect | None:
+def extent_of(mask: Bool[np.ndarray, "h w"]) -> Rect | None:
     """Smallest rectangle around the True pixels, None without any."""
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):

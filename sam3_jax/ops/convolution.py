@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
+
+from sam3_jax.ops.attention import BATCH_AXES
 
 Precision = lax.Precision | None
 
@@ -57,23 +62,63 @@ def _backward(
         return jax.vjp(conv, kernel)[1](dy)[0]
 
     def by_products(x: Array, kernel: Array, dy: Array) -> Array:
-        return _kernel_gradient(x, kernel, dy, stride, pad, precision)
+        product = "hwc,hwc->c" if depthwise else "hwc,hwd->cd"
+        return _kernel_gradient(x, kernel, dy, stride, pad, precision, product)
 
     conv = functools.partial(
         _conv, kernel=kernel, stride=stride, pad=pad, groups=groups, precision=precision
     )
     dx = jax.vjp(conv, x)[1](dy)[0]
-    # Image by image, so not where the images are spread over devices.
-    if groups > 1 or not jax.sharding.get_abstract_mesh().empty:
+    depthwise = groups == kernel.shape[3] == x.shape[3]
+    if groups > 1 and not depthwise:
         return dx, by_convolution(x, kernel, dy)
-    # XLA takes it for a convolution with a window as large as the map: a tenth of the speed.
-    return dx, lax.platform_dependent(x, kernel, dy, cpu=by_products, default=by_convolution)
+    # XLA takes it for a convolution with a window as large as the map: a tenth of the speed, and of
+    # depthwise ones in a loop, which it makes dense, a hundredth.
+    on_cpu = _on_each_device(by_products, len(x))
+    return dx, lax.platform_dependent(x, kernel, dy, cpu=on_cpu, default=by_convolution)
+
+
+def _on_each_device(gradient: Callable, images: int) -> Callable:
+    """Under a mesh, the sum over devices of each one's gradient of its own images.
+
+    One image at a time would otherwise be fetched from the device that has it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1]
+    if not free:
+        return gradient
+    rows: tuple[str, ...] = ()
+    for axis in BATCH_AXES:
+        if axis in free and images % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
+            rows = (*rows, axis)
+
+    def summed(x: Array, kernel: Array, dy: Array) -> Array:
+        return lax.psum(gradient(x, kernel, dy), rows) if rows else gradient(x, kernel, dy)
+
+    split, whole = PartitionSpec(rows or None), PartitionSpec()
+    return jax.shard_map(
+        summed,
+        in_specs=(split, whole, split),
+        out_specs=whole,
+        axis_names=set(free),
+        check_vma=False,
+    )
 
 
 def _kernel_gradient(
-    x: Array, kernel: Array, dy: Array, stride: int, pad: int, precision: Precision
+    x: Array,
+    kernel: Array,
+    dy: Array,
+    stride: int,
+    pad: int,
+    precision: Precision,
+    product: str,
 ) -> Array:
-    """A matrix product for each element of the kernel, one image at a time to stay in the cache."""
+    """A product of matrices, or of maps channel by channel, for each element of the kernel.
+
+    One image at a time, to stay in the cache.
+    """
     height, width = kernel.shape[:2]
     rows, columns = (stride * (n - 1) + 1 for n in dy.shape[1:3])
 
@@ -82,7 +127,7 @@ def _kernel_gradient(
         x = jnp.pad(x, ((pad, pad), (pad, pad), (0, 0)))
         parts = [
             jnp.einsum(
-                "hwc,hwd->cd",
+                product,
                 x[i : i + rows : stride, j : j + columns : stride],
                 dy,
                 precision=precision,

@@ -7,10 +7,12 @@ Upstream: ``add_new_mask`` and ``_consolidate_temp_output_across_obj``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -83,6 +85,20 @@ def non_overlapping(
 
     lost = lax.map(lose, jnp.arange(len(group)))
     return jnp.where(lost, jnp.minimum(logits, OVERLAPPED), logits)
+
+
+def separate(
+    logits: Sequence[Float[Array, "s h w"]],
+    groups: Sequence[Int[Array, " s"]],
+    among: Sequence[Bool[Array, " s"]],
+    *,
+    size: tuple[int, int],
+) -> tuple[Float[Array, "s h2 w2"], ...]:
+    """:func:`non_overlapping` over several buckets, at the size where masks become hard."""
+    ends = np.cumsum([len(group) for group in groups])[:-1]
+    joined = resize(jnp.concatenate(logits).astype(jnp.float32), size)
+    alone = non_overlapping(joined, jnp.concatenate(groups), jnp.concatenate(among))
+    return tuple(jnp.split(alone, ends))
 
 
 def memory_masks(

@@ -13,13 +13,16 @@ found and leaves its memory alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import Sam3
 from sam3_jax.models.tracker import ABSENT, Recall, Tracked
 from sam3_jax.tracking.config import TrackerConfig
@@ -122,6 +125,27 @@ def frame_scores(state: TrackState, found: Tracked, config: TrackerConfig) -> Fl
     return scores
 
 
+def joint_scores(
+    states: Sequence[TrackState], found: Sequence[Tracked]
+) -> tuple[Float[Array, " s"], ...]:
+    """:func:`frame_scores` where a group's objects may be in several buckets, for each of them."""
+
+    def joined(parts: list[Array]) -> Array:
+        return jnp.concatenate(parts)
+
+    scores = memory_score(
+        joined([one.object_logits for one in found]), joined([one.iou for one in found])
+    )
+    groups, valid = joined([s.group for s in states]), joined([s.valid for s in states])
+    ends = np.cumsum([len(state.valid) for state in states])[:-1]
+    return tuple(jnp.split(group_mean(scores, groups, valid), ends))
+
+
+def frame_size(model: ModelConfig) -> tuple[int, int]:
+    """(height, width) of masks when they become probabilities, those of concepts excepted."""
+    return (model.image_size // model.vision.patch_size * model.vision.patch_size,) * 2
+
+
 def memorize(
     params: Params,
     state: TrackState,
@@ -131,6 +155,7 @@ def memorize(
     write: Bool[Array, " s"],
     conditioning: Bool[Array, " s"],
     prompted: Bool[Array, " s"],
+    scores: Float[Array, " s"] | None = None,
     *,
     setup: Setup,
     concept: bool = False,
@@ -143,6 +168,7 @@ def memorize(
       write: objects to remember; free slots never are.
       conditioning: this frame becomes a prompted one of these objects.
       prompted: these masks come from a prompt: hard, without overlap among them within a group.
+      scores: of the frame, for memory selection; None: :func:`frame_scores`.
       concept: as in concept tracking: logits are resized to the encoder's size before they become
         probabilities (else to the frame's size), and an object is present where its mask has a
         pixel (else where its logit is positive).
@@ -161,7 +187,7 @@ def memorize(
     write = write & state.valid
     values = memory_masks(masks, prompted & write, state.group, size, config)
     maps = setup.apply(params, levels[2], values, present, method="encode_memory")
-    scores = frame_scores(state, found, config)
+    scores = frame_scores(state, found, config) if scores is None else scores
     return remember(state, frame, maps, found.pointers, scores, write, conditioning & write, config)
 
 
@@ -170,10 +196,23 @@ def track(
 ) -> tuple[TrackState, Tracked]:
     """Finds and remembers all objects but those that were prompted on this frame."""
     found = propagate(params, state, levels, frame, setup=setup)
+    return memorize_tracked(params, state, levels, frame, found, setup=setup), found
+
+
+def memorize_tracked(
+    params: Params,
+    state: TrackState,
+    levels: Levels,
+    frame: Frame,
+    found: Tracked,
+    scores: Float[Array, " s"] | None = None,
+    *,
+    setup: Setup,
+) -> TrackState:
+    """Remembers all objects but those that were prompted on this frame; see :func:`memorize`."""
     none = jnp.zeros_like(state.valid)
     write = ~has_conditioning(state, frame, setup.config)
-    state = memorize(params, state, levels, frame, found, write, none, none, setup=setup)
-    return state, found
+    return memorize(params, state, levels, frame, found, write, none, none, scores, setup=setup)
 
 
 def track_chunk(

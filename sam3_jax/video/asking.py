@@ -45,7 +45,7 @@ def ask_clicks(
         )
     given = ObjectClicks(checked.points[0, :count], marks[:count], previous)
     programs, mask_side = kit.programs, (kit.engine.mask_side,) * 2
-    clicks = pack_clicks({0: given}, programs.config.bucket_size, mask_side)
+    clicks = pack_clicks({0: given}, programs.widths[0], mask_side)
     return one_of([programs.prompt(kit.engine.params, levels, clicks)], 0)
 
 
@@ -69,20 +69,22 @@ def ask_masks(
 ) -> dict[int, Tracked]:
     """Objects of one frame by masks, in the order in which they were given.
 
-    A later mask takes its pixels from earlier ones, of at most a bucket of them at a time.
+    A later mask takes its pixels from earlier ones, however many there are.
     """
-    programs, size = kit.programs, kit.programs.config.bucket_size
+    programs, names, size = kit.programs, list(masks), kit.programs.config.bucket_size
+    slots = programs.width(min(len(names), size))
+    length = -(-len(names) // slots) * slots
+    stack = np.zeros((length, *kit.size), bool)
+    stack[: len(names)] = list(masks.values())
+    given: MaskPrompt = programs.mask_prompt(stack, np.arange(length, dtype=np.int32), grid)
     found: dict[int, Tracked] = {}
-    names = list(masks)
-    for start in range(0, len(names), size):
-        some = names[start : start + size]
-        stack = np.zeros((size, *kit.size), bool)
-        for slot, name in enumerate(some):
-            stack[slot] = masks[name]
-        order = np.arange(size, dtype=np.int32)
-        given: MaskPrompt = programs.mask_prompt(stack, order, grid)
-        out = programs.prompt_mask(kit.engine.params, levels, given)
-        found |= {name: one_of([out], slot) for slot, name in enumerate(some)}
+    for start in range(0, length, slots):
+        here = given
+        if length > slots:
+            here = kit.concepts.pick(given, np.arange(start, start + slots, dtype=np.int32))
+        out = programs.prompt_mask(kit.engine.params, levels, here)
+        own = enumerate(names[start : start + slots])
+        found |= {name: one_of([out], slot) for slot, name in own}
     return found
 
 

@@ -2,16 +2,19 @@
 
 Row ``r`` of the table of masklets is slot ``r % size`` of bucket ``r // size``. Buckets are added
 and never given back, so a session's memory is that of the most objects it ever had at one time.
+
+Objects of one group may be in several buckets. What they have in common, the score of a frame with
+selection "session" and masks of prompts that do not overlap, is computed over all buckets here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.models.tracker import ABSENT, Tracked
 from sam3_jax.tracking.memories import Frame
@@ -38,13 +41,15 @@ class Buckets:
         self.states: list[TrackState] = []
         side = programs.model.image_size // programs.model.vision.patch_size
         self.grid = (side, side)
-        self.nothing = Tracked(
-            np.full((self.size, 4 * side, 4 * side), ABSENT, np.float32),
-            np.zeros(self.size, np.float32),
-            np.full(self.size, -PRESENT, np.float32),
-            np.zeros((self.size, programs.model.dim), np.float32),
+        self.nothing = programs.place(
+            Tracked(
+                np.full((self.size, 4 * side, 4 * side), ABSENT, np.float32),
+                np.zeros(self.size, np.float32),
+                np.full(self.size, -PRESENT, np.float32),
+                np.zeros((self.size, programs.model.dim), np.float32),
+            )
         )
-        self._used: list[bool] = []
+        self._used: list[int] = []  # of each bucket: slots up to the last that is in use
 
     @property
     def rows(self) -> int:
@@ -60,7 +65,7 @@ class Buckets:
         """Makes sure that there are so many rows."""
         while self.rows < rows:
             self.states.append(self.programs.empty_state())
-            self._used.append(False)
+            self._used.append(0)
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Something for each row, by bucket."""
@@ -68,21 +73,42 @@ class Buckets:
 
     def find(self, levels: Levels, frame: Frame) -> list[Tracked]:
         """Finds all objects in a frame; nothing is remembered."""
-        programs = self.programs
-        return [
-            programs.propagate(self.params, state, levels, frame) if used else self.nothing
-            for state, used in zip(self.states, self._used, strict=True)
-        ]
+        found = [self.nothing] * len(self.states)
+        for i in np.flatnonzero(self._used).tolist():
+            found[i] = self.programs.propagate(
+                self.params, self.states[i], levels, frame, slots=self._width(i)
+            )
+        return found
 
     def track(self, levels: Levels, frame: Frame) -> list[Tracked]:
         """Finds all objects in a frame and remembers them, but those that were prompted on it."""
-        found = []
-        for i, (state, used) in enumerate(zip(self.states, self._used, strict=True)):
-            new = self.nothing
-            if used:
-                self.states[i], new = self.programs.track(self.params, state, levels, frame)
-            found.append(new)
+        used = np.flatnonzero(self._used).tolist()
+        if len(used) > 1 and self.programs.config.selection == "session":
+            found = self.find(levels, frame)
+            scores = self.scores(found)
+            for i in used:
+                self.states[i] = self.programs.memorize_tracked(
+                    self.params,
+                    self.states[i],
+                    levels,
+                    frame,
+                    found[i],
+                    scores[i],
+                    slots=self._width(i),
+                )
+            return found
+        found = [self.nothing] * len(self.states)
+        for i in used:
+            self.states[i], found[i] = self.programs.track(
+                self.params, self.states[i], levels, frame, slots=self._width(i)
+            )
         return found
+
+    def scores(self, found: Sequence[Tracked]) -> list[Float[Array, " s"] | None]:
+        """Scores of a frame for memory selection, by bucket; None: each object has its own."""
+        if self.programs.config.selection != "session":
+            return [None] * len(self.states)
+        return list(self.programs.joint_scores(tuple(self.states), tuple(found)))
 
     def memorize(
         self,
@@ -93,27 +119,53 @@ class Buckets:
         write: Bool[np.ndarray, " s"],
         conditioning: Bool[np.ndarray, " s"],
         prompted: Bool[np.ndarray, " s"],
+        scores: Float[Array, " s"] | None = None,
         *,
         concept: bool = False,
     ) -> None:
         """Remembers what was found of one bucket; see ``tracking.step.memorize``."""
         run = self.programs.memorize_concept if concept else self.programs.memorize
-        self.states[bucket] = run(
-            self.params, self.states[bucket], levels, frame, found, write, conditioning, prompted
-        )
+        given = self.params, self.states[bucket], levels, frame, found, write, conditioning
+        self.states[bucket] = run(*given, prompted, scores, slots=self._width(bucket))
+
+    def prompt(
+        self,
+        levels: Levels,
+        frame: Frame,
+        found: Mapping[int, Tracked],
+        write: Mapping[int, Bool[np.ndarray, " s"]],
+    ) -> None:
+        """Makes a frame a prompted one of some objects.
+
+        Args:
+          found: what the prompts said, by bucket. Masks of one group are made not to overlap,
+            whichever buckets they are in.
+          write: the objects, by bucket.
+        """
+        found = {i: self.programs.place(one) for i, one in found.items()}
+        if len(found) > 1 and self.programs.config.non_overlapping_prompts:
+            masks = self.programs.separate(
+                tuple(one.masks for one in found.values()),
+                tuple(self.states[i].group for i in found),
+                tuple(write[i] for i in found),
+            )
+            alone = zip(found.items(), masks, strict=True)
+            found = {i: one._replace(masks=own) for (i, one), own in alone}
+        for i, one in found.items():
+            self.memorize(i, levels, frame, one, write[i], write[i], write[i])
 
     def add(self, rows: Int[np.ndarray, " k"], groups: Int[np.ndarray, " k"]) -> None:
         """Gives rows to new objects of these groups."""
         for group in np.unique(groups):
             for i, slots in self._slots(rows[groups == group]):
                 self.states[i] = self.programs.add(self.states[i], slots, np.int32(group))
-                self._used[i] = True
+                self._used[i] = max(self._used[i], _extent(slots))
 
     def remove(self, rows: Int[np.ndarray, " k"], live: Bool[np.ndarray, " n"]) -> None:
         """Frees rows; ``live``: those that are in use afterwards."""
         for i, slots in self._slots(rows):
             self.states[i] = self.programs.remove(self.states[i], slots)
-        self._used = [bool(part.any()) for part in self.split(live)]
+        self._used = [_extent(part) for part in self.split(live)]
 
     def forget_conditioning(self, rows: Int[np.ndarray, " k"], first: int, last: int) -> None:
         """Drops prompted frames ``first``..``last`` of these rows."""
@@ -146,8 +198,17 @@ class Buckets:
             host = [np.array(leaf) for leaf in jax.device_get(self.states[i])]
             for value, name in zip(host, TrackState._fields, strict=True):
                 value[slots] = packed.fields[name][these]
-            self.states[i] = TrackState(*jax.device_put(host))
-            self._used[i] = True
+            self.states[i] = self.programs.place(TrackState(*jax.device_put(host)))
+            self._used[i] = _extent(slots)
+
+    def _width(self, bucket: int) -> int:
+        """Slots that a program has to look at."""
+        return self.programs.width(self._used[bucket])
+
+
+def _extent(slots: Bool[np.ndarray, " s"]) -> int:
+    """Slots up to the last of these."""
+    return int(np.flatnonzero(slots).max(initial=-1)) + 1
 
 
 def one_of(found: Sequence[Tracked], row: int) -> Tracked:

@@ -45,7 +45,7 @@ def track_concepts(
     found = tracking.buckets.find(levels, frame)
     said = prompted_rows(tracking, edits)
     for i, slots in said.items():
-        found[i] = with_rows(found[i], slots)
+        found[i] = kit.programs.place(with_rows(found[i], slots))
     tracks, measures, logits = programs.look(tuple(found), seen.masks, seen.kept, table.live)
     scores, kept, measures, logits = jax.device_get((seen.scores, seen.kept, measures, logits))
     plan = plan_frame(
@@ -92,6 +92,7 @@ def _remember(
     """Encodes what was propagated; sure detections give new pointers and conditioning frames."""
     buckets = tracking.buckets
     none = np.zeros(buckets.size, bool)
+    scores = buckets.scores(found)
     for i, (old, rows) in enumerate(zip(found, buckets.split(write), strict=True)):
         if not rows.any():
             continue
@@ -104,7 +105,7 @@ def _remember(
         first = np.asarray(here.start, np.int32)
         new = kit.concepts.bucket(memory, old, pointers, chosen >= 0, first)
         renewed = plan.conditioning[here] & rows
-        buckets.memorize(i, levels, frame, new, rows, renewed, none, concept=True)
+        buckets.memorize(i, levels, frame, new, rows, renewed, none, scores[i], concept=True)
 
 
 def _bear(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.models.tracker import ABSENT, Tracked
 from sam3_jax.ops.boxes import cxcywh_to_xyxy
 from sam3_jax.ops.image import resize_bilinear
+from sam3_jax.sharding import batch_sharding
 from sam3_jax.tracking.concepts.cleaning import clean_masks
 from sam3_jax.tracking.concepts.config import ConceptConfig
 from sam3_jax.tracking.concepts.detections import keep_detections
@@ -32,17 +35,35 @@ class ConceptPrograms:
     functions below.
     """
 
-    def __init__(self, config: ConceptConfig, grid: tuple[int, int], video: tuple[int, int]):
-        """``grid``: (height, width) of the coarsest map; ``video``: that of the video's frames."""
+    def __init__(
+        self,
+        config: ConceptConfig,
+        grid: tuple[int, int],
+        video: tuple[int, int],
+        mesh: Mesh | None = None,
+    ):
+        """Nothing is traced yet.
+
+        Args:
+          grid: (height, width) of the coarsest map.
+          video: that of the video's frames.
+          mesh: devices that share the objects of a bucket. What compares objects is small and whole
+            on every device.
+        """
         size = (16 * grid[0], 16 * grid[1])
-        self.detections = jax.jit(functools.partial(detections, config))
-        self.look = jax.jit(functools.partial(look, config))
-        remember = functools.partial(memory_masks, shrink_ratio=config.shrink_ratio, size=size)
-        self.for_memory = jax.jit(remember)
-        self.bucket = jax.jit(functools.partial(bucket, size=size))
-        self.born = jax.jit(functools.partial(born, grid=grid, size=size, video=video))
-        self.pick = jax.jit(pick)
-        self.output = jax.jit(functools.partial(output_logits, config))
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        rows = None if mesh is None else batch_sharding(mesh)
+
+        def program(function: Callable, *given: Any, out: Any = whole, **bound: Any) -> Callable:
+            return jax.jit(functools.partial(function, *given, **bound), out_shardings=out)
+
+        self.detections = program(detections, config)
+        self.look = program(look, config)
+        self.for_memory = program(memory_masks, shrink_ratio=config.shrink_ratio, size=size)
+        self.bucket = program(bucket, size=size, out=rows)
+        self.born = program(born, grid=grid, size=size, video=video)
+        self.pick = program(pick, out=rows)
+        self.output = program(output_logits, config)
 
 
 def detections(

@@ -25,7 +25,8 @@ class VideoConfig:
     ``snapshot_every``, ``snapshot_bytes``: the state is copied to the host every so many frames;
     where the copies would take more than so many bytes every other one goes and the distance
     doubles. Going back computes anew from the copy before.
-    ``encode_ahead``: frames that the backbone takes together; 0: 8 on accelerators, 1 on CPUs.
+    ``encode_ahead``: frames that the backbone takes together; 0: 8 on each accelerator, 1 on each
+    CPU device. On a mesh every device takes its share of them, if they can be shared out evenly.
     Streams are encoded one by one in any case.
     """
 

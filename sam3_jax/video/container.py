@@ -13,7 +13,8 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from sam3_jax.video.frames import VideoError, printable
+from sam3_jax.data.images import printable
+from sam3_jax.video.frames import VideoError
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def opened(path: Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]
         ) from error
     with container:
         kind = container.format.name
-        if kind == "tty" or kind.endswith("_pipe"):  # ffmpeg makes videos of these
+        if kind in ("tty", "image2") or kind.endswith("_pipe"):  # ffmpeg makes videos of these
             what = "a text" if kind == "tty" else "a picture"
             raise VideoError(f"{name}: is {what}, not a video; name a video file")
         stream = next((s for s in container.streams.video if not _is_cover(s)), None)

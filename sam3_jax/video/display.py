@@ -61,7 +61,7 @@ def empty_output(index: int) -> FrameOutput:
     return FrameOutput(number, ints, ints, floats, floats, ints, ints, none, ints, ints)
 
 
-@functools.partial(jax.jit, static_argnames="size")
+@functools.partial(jax.jit, static_argnames=("size", "exclusive"))
 def _show(
     logits: Float[Array, "n h w"],
     scores: Float[Array, " n"],
@@ -70,6 +70,7 @@ def _show(
     shown: Bool[Array, " n"],
     *,
     size: tuple[int, int],
+    exclusive: bool,
 ) -> tuple[UInt8[Array, "n bytes"], Float[Array, "n 4"], Bool[Array, " n"]]:
     """Masks at the video's size as bits: an eighth to move."""
 
@@ -79,13 +80,37 @@ def _show(
 
         return lax.cond(item[1], up, lambda x: jnp.zeros(size, bool), item[0])
 
-    masks = lax.map(upscale, (logits.astype(jnp.float32), shown))
+    logits = logits.astype(jnp.float32)
+    masks = strongest(logits, shown, size) if exclusive else lax.map(upscale, (logits, shown))
     out = resolve(masks, scores, phrases, ids, shown)
     return jnp.packbits(out.masks.reshape(len(ids), -1), axis=1), out.boxes, out.shown
 
 
+def strongest(
+    logits: Float[Array, "n h w"], shown: Bool[Array, " n"], size: tuple[int, int]
+) -> Bool[Array, "n vh vw"]:
+    """Masks at a video's size that share no pixel: the object with the largest logit has it."""
+
+    def look(best: tuple[Array, Array], item: tuple[Array, Array, Array]) -> tuple:
+        value, owner = best
+        one, there, number = item
+        up = jnp.where(there, resize(one[None], size)[0], -jnp.inf)
+        better = up > value
+        return (jnp.where(better, up, value), jnp.where(better, number, owner)), None
+
+    numbers = jnp.arange(len(logits))
+    nobody = jnp.zeros(size), jnp.full(size, -1)
+    (_, owner), _ = lax.scan(look, nobody, (logits, shown, numbers))
+    return owner == numbers[:, None, None]
+
+
 def show(
-    seen: Seen, shown: Bool[np.ndarray, " m"], phrases: tuple[str, ...], size: tuple[int, int]
+    seen: Seen,
+    shown: Bool[np.ndarray, " m"],
+    phrases: tuple[str, ...],
+    size: tuple[int, int],
+    *,
+    exclusive: bool = False,
 ) -> VideoFrame:
     """What is shown of a frame.
 
@@ -93,6 +118,7 @@ def show(
       shown: which objects of its output are.
       phrases: of the session.
       size: (height, width) of the video.
+      exclusive: see :func:`strongest`.
     """
     out = seen.output
     index = int(out.frame)
@@ -112,6 +138,7 @@ def show(
             padded(out.ids, length, -1),
             padded(shown, length, False),
             size=size,
+            exclusive=exclusive,
         )
     )
     rows = np.flatnonzero(there)

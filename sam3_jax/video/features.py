@@ -10,12 +10,13 @@ import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sam3_jax.data.resize import resize_image
@@ -25,6 +26,7 @@ from sam3_jax.video.frames import Frame, VideoError, no_such_frame
 from sam3_jax.video.prefetch import prefetch
 from sam3_jax.video.reader import VideoSource
 
+T = TypeVar("T")
 KEPT = 8  # pyramids of prompted frames: 22 MB each at the released size in float32
 
 
@@ -37,11 +39,16 @@ class Encoded(NamedTuple):
     trunk: Float[Array, "1 h w c"] | None
 
 
-@jax.jit
 def _take(
     trunk: Float[Array, "b h w c"], index: Int[Array | np.ndarray, ""]
 ) -> Float[Array, "1 h w c"]:
     return lax.dynamic_slice_in_dim(trunk, index, 1)
+
+
+@functools.cache
+def _taker(where: NamedSharding | None) -> Callable:
+    """:func:`_take` with its result on these devices; one program for all sessions."""
+    return jax.jit(_take, out_shardings=where)
 
 
 class Features:
@@ -55,6 +62,9 @@ class Features:
         self._held: Encoded | None = None  # of a stream: read, but not tracked
         self._next = 0  # of a stream: the first frame that was not read
         self._kept: collections.OrderedDict[int, Levels] = collections.OrderedDict()
+        # On a mesh a frame is encoded by one device and needed by all.
+        self._whole = None if engine.mesh is None else NamedSharding(engine.mesh, PartitionSpec())
+        self._take = _taker(self._whole)
 
     @functools.cached_property
     def total(self) -> int | None:
@@ -102,7 +112,8 @@ class Features:
         if index not in self._kept:
             if trunk is None:
                 trunk = self._read(index)
-            self._kept[index] = self._engine.run.tracker_levels(self._engine.params, trunk)
+            levels = self._engine.run.tracker_levels(self._engine.params, trunk)
+            self._kept[index] = self._everywhere(levels)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[index]
@@ -149,6 +160,9 @@ class Features:
         side = self._engine.config.image_size
         return frame._replace(image=resize_image(frame.image, (side, side)))
 
+    def _everywhere(self, arrays: T) -> T:
+        return arrays if self._whole is None else jax.device_put(arrays, self._whole)
+
     def _encode(self, batch: list[Frame]) -> Iterator[Encoded]:
         size = 1 if len(batch) == 1 and self._batch == 1 else self._batch
         images = [frame.image for frame in batch if frame.image is not None]
@@ -159,6 +173,9 @@ class Features:
         for frame in batch:
             own = None
             if frame.image is not None:
-                own = trunk if size == 1 else _take(trunk, np.asarray(place, np.int32))
+                if size > 1:
+                    own = self._take(trunk, np.asarray(place, np.int32))
+                else:
+                    own = self._everywhere(trunk)
                 place += 1
             yield Encoded(frame.index, frame.time, frame.error, own)

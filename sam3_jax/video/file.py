@@ -26,8 +26,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
+from sam3_jax.data.images import printable
 from sam3_jax.video.container import opened, reason_of
-from sam3_jax.video.frames import DEFAULT_RATE, Frame, VideoError, no_such_frame, printable
+from sam3_jax.video.frames import DEFAULT_RATE, Frame, VideoError, no_such_frame
 from sam3_jax.video.packets import Clock, PacketTable, is_frame, read_table
 from sam3_jax.video.rotation import turn_of, upright
 

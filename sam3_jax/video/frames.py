@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,9 +32,27 @@ class Frame(NamedTuple):
     error: str | None = None
 
 
-def printable(name: str) -> str:
-    """A name on one line, in characters that any terminal and any file can take."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+@runtime_checkable
+class FrameSource(Protocol):
+    """What a kind of video has; :class:`~.reader.VideoSource` says what the attributes are."""
+
+    name: str
+    size: tuple[int, int]
+    rate: Fraction
+    time_base: Fraction
+    length: int | None
+    seekable: bool
+    first: int  # the first frame that can still be had
+
+    @property
+    def problems(self) -> Mapping[Any, str]:
+        """By kind, each once."""
+
+    def frames(self, start: int) -> Generator[Frame, None, None]:
+        """Frames from ``start`` on."""
+
+    def count(self) -> int:
+        """The exact number of frames."""
 
 
 def no_such_frame(name: str, index: int, length: int | None) -> VideoError:

@@ -42,7 +42,7 @@ def track_objects(
     found = buckets.track(levels, frame)
     said = prompted_rows(tracking, edits)
     for i, slots in said.items():
-        found[i] = with_rows(found[i], slots)
+        found[i] = kit.programs.place(with_rows(found[i], slots))
     order = tracking.order
     logits = jax.device_get([one.object_logits for one in found])
     scores = sigmoid(np.concatenate(logits)[order])
@@ -71,3 +71,26 @@ def prompted_rows(tracking: Tracking, edits: list[Edit]) -> dict[int, dict[int, 
             bucket, slot = divmod(tracking.table.row_of(edit.object_id), tracking.buckets.size)
             said.setdefault(bucket, {})[slot] = edit.found
     return said
+
+
+def remember_prompts(
+    tracking: Tracking, levels: Levels, frame: Frame, edits: list[Edit], *, together: bool
+) -> None:
+    """Makes a frame a prompted one of the objects that were prompted on it.
+
+    ``together``: and of all others that were just tracked on it, as released.
+    """
+    buckets = tracking.buckets
+    said = prompted_rows(tracking, edits)
+    rows = np.zeros(buckets.rows, bool)
+    rows[[i * buckets.size + slot for i, slots in said.items() for slot in slots]] = True
+    seen: tuple[Tracked, ...] = ()
+    if together and tracking.latest is not None and tracking.index == int(frame.index):
+        seen = tracking.latest.found
+        rows[tracking.latest.output.rows] = True
+        rows &= tracking.table.live
+    write = {i: own for i, own in enumerate(buckets.split(rows)) if own.any()}
+    found = {
+        i: with_rows(seen[i] if i < len(seen) else buckets.nothing, said.get(i, {})) for i in write
+    }
+    buckets.prompt(levels, frame, found, write)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sam3_jax.inference.visualize import Rect
-
 
 class Objects(NamedTuple):
     """The objects of a frame, ``len(ids)`` of them, in any order."""
@@ -37,11 +35,3 @@ def check_objects(objects: Objects, size: tuple[int, int]) -> None:
         )
     if len(set(objects.ids.tolist())) < n:
         raise ValueError(f"ids must be unique in a frame, got {objects.ids.tolist()}")
-
-
-def extent_of(mask: Bool[np.ndarray, "h w"]) -> Rect | None:
-    """Smallest rectangle around the True pixels, None without any."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    return Rect(int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)

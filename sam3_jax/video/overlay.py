@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Bool, UInt8
 
 from sam3_jax.inference import visualize
-from sam3_jax.video.objects import Objects, check_objects, extent_of
+from sam3_jax.video.objects import Objects, check_objects
 
 COLORS = 512  # then they repeat
 
@@ -42,19 +41,17 @@ def draw_objects(
     """
     height, width = image.shape[:2]
     check_objects(objects, (height, width))
-    extents = [extent_of(mask) for mask in objects.masks]
+    extents = [visualize.extent_of(mask) for mask in objects.masks]
     colors = [color_of(i) for i in objects.ids.tolist()]
     texts = []
     for i, phrase, score in zip(objects.ids, objects.phrases, objects.scores, strict=True):
         parts = f"#{i}" if show_ids else "", phrase if show_phrases else ""
         texts.append(" ".join(p for p in (*parts, f"{score:.2f}" if show_scores else "") if p))
-    line = max(1.4, 0.0028 * (height * width) ** 0.5)
-    canvas = Image.fromarray(image).copy()
-    areas = np.asarray([np.count_nonzero(mask) for mask in objects.masks])
-    for i in np.argsort(-areas, kind="stable"):  # small ones last: they stay in front of large ones
-        if extents[i] is not None:
-            x0, y0, x1, y1 = extents[i]
-            crop = objects.masks[i, y0:y1, x0:x1]
-            visualize._draw_mask(canvas, crop, extents[i], colors[i], line)
-    visualize._draw_tags(canvas, extents, -objects.ids.astype(np.float64), texts, colors)
-    return np.asarray(canvas)
+    areas = np.asarray([np.count_nonzero(mask) for mask in objects.masks], np.int64)
+
+    def crop_of(i: int) -> Bool[np.ndarray, "h w"]:
+        x0, y0, x1, y1 = extents[i]
+        return objects.masks[i, y0:y1, x0:x1]
+
+    order = -objects.ids.astype(np.float64)
+    return visualize.draw(image, crop_of, extents, areas, order, texts, colors)

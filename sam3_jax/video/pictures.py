@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from sam3_jax.data.images import ImageError, ImageSource, load_image
-from sam3_jax.inference.files import OVERLAY_SUFFIX, SUFFIXES
-from sam3_jax.video.frames import Frame, VideoError, no_such_frame, printable
+from sam3_jax.data.images import ImageError, ImageSource, load_image, printable
+from sam3_jax.inference.files import OUTPUT_SUFFIXES, SUFFIXES
+from sam3_jax.video.frames import Frame, VideoError, no_such_frame
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -34,7 +34,7 @@ def pictures_in(folder: Path) -> list[Path]:
     except OSError as error:
         raise VideoError(f"{name}: cannot look into the folder ({error.strerror})") from error
     found = [p for p in inside if p.suffix.lower() in SUFFIXES]
-    found = [p for p in found if p.name[0] != "." and not p.name.endswith(OVERLAY_SUFFIX)]
+    found = [p for p in found if p.name[0] != "." and not p.name.endswith(OUTPUT_SUFFIXES)]
     if not found:
         kinds = " ".join(sorted(SUFFIXES))
         raise VideoError(f"{name}: no pictures in the folder (looked for {kinds})")

@@ -6,7 +6,7 @@ import os
 from fractions import Fraction
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.inference.engine import Engine
@@ -37,17 +37,21 @@ class VideoPredictor:
         dtype: Any = "auto",
         resolution: int | None = None,
         video: VideoConfig | str = "default",
+        mesh: Mesh | None = None,
     ):
         """Wraps parameters that are in memory already.
 
         Args:
           params, config, dtype, resolution: as for :class:`~sam3_jax.ImagePredictor`.
           video: rules of tracking, or the name of a preset: "default", "sam3", "sam3.1".
+          mesh: several devices (``sam3_jax.sharding.make_mesh()``: all) that share the objects of
+            a session, and its frames where these are encoded ahead; their number must divide
+            ``TrackerConfig.bucket_size``.
 
         Raises:
           ValueError: on values that cannot work.
         """
-        self._use(Engine(params, config, dtype=dtype, resolution=resolution), video)
+        self._use(Engine(params, config, dtype=dtype, mesh=mesh, resolution=resolution), video)
 
     @classmethod
     def from_pretrained(
@@ -57,14 +61,15 @@ class VideoPredictor:
         *,
         resolution: int | None = None,
         video: VideoConfig | str = "default",
+        mesh: Mesh | None = None,
     ) -> VideoPredictor:
         """Loads a converted checkpoint; see :meth:`sam3_jax.ImagePredictor.from_pretrained`."""
-        engine = Engine.from_pretrained(path, dtype=dtype, resolution=resolution)
+        engine = Engine.from_pretrained(path, dtype=dtype, mesh=mesh, resolution=resolution)
         return cls.from_engine(engine, video=video)
 
     @classmethod
     def from_engine(cls, engine: Engine, *, video: VideoConfig | str = "default") -> VideoPredictor:
-        """A predictor that shares parameters and programs with one of images."""
+        """A predictor that shares parameters, programs and devices with one of images."""
         predictor = cls.__new__(cls)
         predictor._use(engine, video)
         return predictor
@@ -77,7 +82,9 @@ class VideoPredictor:
         engine.require("tracker", part="tracker")
         self.engine = engine
         self.video = checked(video, engine.config.memory.num_maps)
-        self._programs = Programs(engine.config, self.video.tracker, dtype=engine.dtype)
+        self._programs = Programs(
+            engine.config, self.video.tracker, dtype=engine.dtype, mesh=engine.mesh
+        )
         self._concepts: dict[tuple[int, int], ConceptPrograms] = {}
 
     def start(
@@ -128,8 +135,8 @@ class VideoPredictor:
         engine = self.engine
         if source.size not in self._concepts:
             side = engine.config.image_size // engine.config.vision.patch_size
-            programs = ConceptPrograms(self.video.concepts, (side, side), source.size)
+            programs = ConceptPrograms(self.video.concepts, (side, side), source.size, engine.mesh)
             self._concepts[source.size] = programs
         kit = Kit(engine, self._programs, self._concepts[source.size], self.video, source.size)
-        ahead = self.video.encode_ahead or (1 if jax.default_backend() == "cpu" else 8)
+        ahead = self.video.encode_ahead or engine.default_batch_size
         return Timeline(kit, Features(engine, source, ahead))

@@ -17,20 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sam3_jax.data.images import ImageSource
+from sam3_jax.data.images import ImageSource, printable
 from sam3_jax.video.file import VideoFile
-from sam3_jax.video.frames import (
-    DEFAULT_RATE,
-    Frame,
-    VideoError,
-    no_such_frame,
-    printable,
-)
+from sam3_jax.video.frames import DEFAULT_RATE, Frame, FrameSource, VideoError, no_such_frame
 from sam3_jax.video.pictures import Pictures, Stream, pictures_in
 
 __all__ = ["Frame", "VideoError", "VideoInput", "VideoSource", "open_video"]
-
-VideoInput = str | os.PathLike | np.ndarray | Sequence[ImageSource] | Iterable[ImageSource | None]
 
 _AHEAD = 16  # frames that are read and passed over rather than to seek
 # Held at a time when going backwards, where each time decoding starts at the key frame before.
@@ -44,7 +36,8 @@ def open_video(source: VideoInput, *, fps: int | float | Fraction | None = None)
     Args:
       source: a video file; a folder of pictures, taken in natural order; a (frames, height, width,
         3) uint8 array; a list of pictures (paths, PIL images, arrays); any iterator of pictures,
-        which may be endless, and in which None is a frame that was lost.
+        which may be endless, and in which None is a frame that was lost; a video that was opened
+        before, as it is.
       fps: frames a second of sources other than files, which state theirs; 25 by default.
 
     Raises:
@@ -52,6 +45,8 @@ def open_video(source: VideoInput, *, fps: int | float | Fraction | None = None)
     """
     if fps is not None and not 0 < fps <= 1000:
         raise VideoError(f"fps must be above 0 and at most 1000, got {fps}")
+    if isinstance(source, VideoSource):
+        return source
     rate = DEFAULT_RATE if fps is None else Fraction(fps).limit_denominator(1001)
     if isinstance(source, str | os.PathLike):
         path = Path(os.fsdecode(source))
@@ -84,9 +79,7 @@ class VideoSource:
       frame_names: of a folder's pictures, else None.
     """
 
-    def __init__(
-        self, frames: VideoFile | Pictures | Stream, frame_names: tuple[str, ...] | None = None
-    ):
+    def __init__(self, frames: FrameSource, frame_names: tuple[str, ...] | None = None):
         self._frames = frames
         self.name, self.size = frames.name, frames.size
         self.rate, self.time_base = frames.rate, frames.time_base
@@ -176,3 +169,13 @@ class VideoSource:
         if self._cursor is not None:
             self._cursor.close()
         self._cursor, self._next = None, 0
+
+
+VideoInput = (
+    str
+    | os.PathLike
+    | np.ndarray
+    | Sequence[ImageSource]
+    | Iterable[ImageSource | None]
+    | VideoSource
+)

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from sam3_jax.inference.files import UsageError
 from sam3_jax.inference.records import RecordWriter, read_run
 from sam3_jax.inference.rle import rle_of_crop
-from sam3_jax.video.objects import Objects, check_objects, extent_of
+from sam3_jax.inference.visualize import extent_of
+from sam3_jax.video.objects import Objects, check_objects
 from sam3_jax.video.reader import Frame, VideoSource
 
 FOLDER = "frames"

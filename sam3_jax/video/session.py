@@ -152,7 +152,12 @@ class Session:
     # ------------------------------------------------------------------ results
 
     def propagate(
-        self, start: int | None = None, stop: int | None = None, *, backward: bool = False
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        backward: bool = False,
+        exclusive: bool = False,
     ) -> Iterator[VideoFrame]:
         """Follows everything through the video.
 
@@ -162,6 +167,9 @@ class Session:
             stream the next.
           stop: the frame to stop before; None: the end (backward: frame 0 is the last).
           backward: towards frame 0.
+          exclusive: no two objects share a pixel, the one that is surest of it has it. Otherwise
+            so it is among the objects of a phrase only, where the one with the better score on the
+            frame has it.
 
         Yields:
           every frame, in order, one that cannot be read with its error and without objects. With
@@ -186,28 +194,29 @@ class Session:
             start = self._default_start(backward=backward)
         if features.total is not None:
             self._check_frame(start)
-        return self._propagate(start, stop, backward=backward)
+        return self._propagate(start, stop, backward=backward, exclusive=exclusive)
 
-    def _propagate(self, start: int, stop: int | None, *, backward: bool) -> Iterator[VideoFrame]:
+    def _propagate(
+        self, start: int, stop: int | None, *, backward: bool, exclusive: bool
+    ) -> Iterator[VideoFrame]:
         timeline = self._timeline
         timeline.go_to(start, backward=backward)
         waiting: list[Seen] = []
         for encoded in timeline.features.frames(start, stop, backward=backward):
             waiting.append(timeline.step(encoded))
-            yield from self._due(waiting, finished=False)
-        yield from self._due(waiting, finished=True)
+            yield from self._due(waiting, finished=False, exclusive=exclusive)
+        yield from self._due(waiting, finished=True, exclusive=exclusive)
 
-    def _due(self, waiting: list[Seen], *, finished: bool) -> Iterator[VideoFrame]:
+    def _due(self, waiting: list[Seen], *, finished: bool, exclusive: bool) -> Iterator[VideoFrame]:
         """Frames that need not wait any longer; takes them from ``waiting``."""
         timeline = self._timeline
         outputs = [seen.output for seen in waiting]
         due = release(
             timeline.kit.config.concepts, outputs, delay=self.delay + 1, finished=finished
         )
-        names = tuple(phrase.name for phrase in timeline.phrases)
         ready = [waiting.pop(0) for _ in due]
         for seen, (_, shown) in zip(ready, due, strict=True):
-            yield show(seen, shown, names, timeline.kit.size)
+            yield show(seen, shown, self.phrases, timeline.kit.size, exclusive=exclusive)
 
     @property
     def delay(self) -> int:
@@ -223,6 +232,11 @@ class Session:
     def video(self) -> VideoSource:
         """The video."""
         return self._timeline.features.video
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """What is looked for; "visual" for boxes without a phrase."""
+        return tuple(phrase.name for phrase in self._timeline.phrases)
 
     @property
     def position(self) -> int | None:

@@ -13,13 +13,12 @@ import numpy as np
 from sam3_jax.tracking.concepts import masklets
 from sam3_jax.tracking.concepts.masklets import NONE
 from sam3_jax.tracking.memories import frame_at
-from sam3_jax.video.buckets import with_rows
 from sam3_jax.video.concept_loop import track_concepts
 from sam3_jax.video.display import Seen, empty_output
 from sam3_jax.video.edits import Edit, Edits
 from sam3_jax.video.features import Encoded, Features
 from sam3_jax.video.frames import VideoError
-from sam3_jax.video.object_loop import prompted_rows, track_objects
+from sam3_jax.video.object_loop import remember_prompts, track_objects
 from sam3_jax.video.phrases import Phrase
 from sam3_jax.video.snapshots import Snapshots, put_back
 from sam3_jax.video.tracked import Kit, nothing_tracked
@@ -132,18 +131,9 @@ class Timeline:
                 )
                 self._forget_detections(row, frame)
         tracking.table = table
-        said = prompted_rows(tracking, edits)
-        size, buckets = tracking.buckets.size, tracking.buckets
-        with_others = self.kit.config.tracker.selection == "session" and not self.phrases
-        for i, slots in said.items():
-            write = np.isin(np.arange(size), list(slots))
-            found = with_rows(buckets.nothing, slots)
-            if with_others and tracking.latest is not None and tracking.index == frame:
-                # As released: the frame becomes a prompted one of all that were tracked on it.
-                found = with_rows(tracking.latest.found[i], slots)
-                write = buckets.split(table.live)[i]
-            now = frame_at(frame, self.features.total, backward=tracking.backward)
-            buckets.memorize(i, levels, now, found, write, write, write)
+        now = frame_at(frame, self.features.total, backward=tracking.backward)
+        together = self.kit.config.tracker.selection == "session" and not self.phrases
+        remember_prompts(tracking, levels, now, edits, together=together)
 
     def _forget_detections(self, row: int, frame: int) -> None:
         """Conditioning on detections close to a click is dropped, prompts are not."""

@@ -44,6 +44,25 @@ def sequences_folder(path: Path) -> Path | None:
     return None
 
 
+def annotated_frames(
+    folder: Path, names: Sequence[str] | None = None
+) -> dict[str, tuple[Path, ...]]:
+    """The annotated frames of each sequence.
+
+    Args:
+      folder: of :func:`sequences_folder`.
+      names: of the sequences that are wanted; None: all that are annotated.
+
+    Raises:
+      AnnotationError: no such sequence.
+    """
+    found = {child.name: _frames(child) for child in _folders(folder)}
+    for name in names or ():
+        if not found.get(name):
+            raise AnnotationError(f"{folder}: has no sequence {name}; is it in another split?")
+    return {name: found[name] for name in names or [n for n, frames in found.items() if frames]}
+
+
 def load_sequences(
     gt: Path, predictions: Path, names: Sequence[str] | None = None
 ) -> tuple[list[DavisSequence], Problems, list[str]]:
@@ -60,20 +79,10 @@ def load_sequences(
     Raises:
       AnnotationError: no such folders, no such sequence, or nothing to measure.
     """
-    folders = []
-    for path in (gt, predictions):
-        folder = sequences_folder(path) if path.is_dir() else None
-        if folder is None:
-            raise AnnotationError(
-                f"{path}: is no folder with a folder of PNG files for each sequence, as DAVIS has"
-            )
-        folders.append(folder)
-    annotated = {child.name: _frames(child) for child in _folders(folders[0])}
-    for name in names or ():
-        if not annotated.get(name):
-            raise AnnotationError(f"{folders[0]}: has no sequence {name}; is it in another split?")
+    folders = [_folder(path) for path in (gt, predictions)]
+    annotated = annotated_frames(folders[0], names)
     problems, notes, sequences = Problems(), [], []
-    for name in names or [n for n, frames in annotated.items() if frames]:
+    for name in annotated:
         found = {path.stem: path for path in _frames(folders[1] / name)}
         if len(annotated[name]) < MIN_FRAMES:
             problems.add("sequences of fewer than three frames, nothing to measure", name)
@@ -102,12 +111,12 @@ def read_frames(sequence: DavisSequence, problems: Problems) -> Iterator[tuple[L
       AnnotationError: another size than the annotation, or an object that is not annotated.
     """
     for path in sequence.frames:
-        truth = _labels(path, binary=sequence.binary)
+        truth = read_labels(path, binary=sequence.binary)
         file = sequence.found.get(path.stem)
         found = np.zeros_like(truth)
         if file is not None:
             try:
-                found = _labels(file, binary=sequence.binary)
+                found = read_labels(file, binary=sequence.binary)
             except BadMaskError as error:
                 problems.add(f"predictions that {error}, counted as nothing found", str(file))
         elif sequence.found:
@@ -134,7 +143,7 @@ def _sequence(
     good = []
     for path in frames:
         try:
-            labels |= set(np.unique(_labels(path, binary=False)).tolist())
+            labels |= set(np.unique(read_labels(path, binary=False)).tolist())
             good.append(path)
         except BadMaskError as error:
             problems.add(f"annotations that {error}, left out", str(path))
@@ -144,7 +153,12 @@ def _sequence(
     return DavisSequence(name, tuple(p for p in good if p in counted), found, objects, binary)
 
 
-def _labels(path: Path, *, binary: bool) -> Labels:
+def read_labels(path: Path, *, binary: bool) -> Labels:
+    """The labels of a PNG; ``binary``: 1 for everything that is not background.
+
+    Raises:
+      BadMaskError: when it cannot be read or is none of indexed pixels.
+    """
     try:
         with PIL.Image.open(path) as picture:
             if picture.mode not in READABLE:
@@ -153,6 +167,15 @@ def _labels(path: Path, *, binary: bool) -> Labels:
     except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG
         raise BadMaskError("cannot be read") from error
     return (labels > 0).astype(np.uint8) if binary else labels
+
+
+def _folder(path: Path) -> Path:
+    folder = sequences_folder(path) if path.is_dir() else None
+    if folder is None:
+        raise AnnotationError(
+            f"{path}: is no folder with a folder of PNG files for each sequence, as DAVIS has"
+        )
+    return folder
 
 
 def _folders(path: Path) -> list[Path]:

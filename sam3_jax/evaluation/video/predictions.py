@@ -8,6 +8,7 @@ matched by the video's name and the phrase.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,6 +71,31 @@ def load_video_predictions(
             "phrase): counted as nothing found"
         )
     return VideoPredictions(found, problems, notes)
+
+
+def load_tracks(
+    files: Mapping[Id, Path], dataset: VideoDataset, max_bad: float = MAX_BAD
+) -> VideoPredictions:
+    """Reads files of single videos, each made for a video of ``dataset`` by its phrases.
+
+    Args:
+      files: video id -> a file with one video, categories and annotations.
+
+    Raises:
+      AnnotationError: unreadable, or too much damage.
+    """
+    problems = Problems()
+    found: dict[Key, list[Track]] = {}
+    total = 0
+    for video, file in files.items():
+        data = read_json(file)
+        own = {p.phrase: key for key, p in dataset.pairs.items() if key[0] == video}
+        (number,) = (entry["id"] for entry in data["videos"])
+        keys = {(number, c["id"]): own[c["name"]] for c in data["categories"] if c["name"] in own}
+        _assign(data["annotations"], total, dataset, keys, found, problems, f"{file.name}: ")
+        total += len(data["annotations"])
+    problems.check("the predictions", total, max_bad)
+    return VideoPredictions(found, problems, [])
 
 
 def _is_result(entry: Any) -> bool:

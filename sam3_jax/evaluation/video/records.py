@@ -26,6 +26,8 @@ class Video(NamedTuple):
     name: str
     size: tuple[int, int]  # (height, width)
     length: int  # frames
+    file_name: str | None = None  # of a video file, or
+    frame_names: tuple[str, ...] = ()  # of its frames
 
 
 class Pair(NamedTuple):

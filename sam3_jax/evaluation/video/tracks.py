@@ -35,7 +35,11 @@ def parse_video(entry: Any) -> Video:
     for value in (entry.get("height"), entry.get("width"), length):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise BadEntryError("height, width or length is missing")
-    return Video(video_id, video_name(entry), (entry["height"], entry["width"]), length)
+    size, file = (entry["height"], entry["width"]), entry.get("file_name")
+    frames = tuple(map(str, names)) if isinstance(names, list) else ()
+    return Video(
+        video_id, video_name(entry), size, length, file if isinstance(file, str) else None, frames
+    )
 
 
 def video_name(entry: dict[str, Any]) -> str:
