@@ -13,13 +13,15 @@ Compiling the whole step takes memory of this machine: 10 GB and 10 minutes of a
 13 GB and 6 to 9 minutes for a TPU, where equal blocks are loops (``sam3_jax/models/scan.py``).
 
 A case is DEVICE:DATAxFSDPxTENSOR:IMAGES:PROMPTS:MASKS: images over all chips, prompts an image, and
-masks compared at "full" size (the release) or at 12544 "points". FLOPs are left out: XLA counts the
-body of a loop once.
+masks compared at "full" size (the release) or at 12544 "points". With "clips" it is the tracker's
+step (``configs/sam3_tracker.py``): clips of 8 frames over all chips, and objects a clip. FLOPs are
+left out: XLA counts the body of a loop once.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -45,10 +47,13 @@ from sam3_jax.models.detector import empty_geometry, init_shapes
 from sam3_jax.sharding import batch_sharding, make_mesh, param_shardings
 from sam3_jax.training.batch import Clicks, TrainBatch
 from sam3_jax.training.clicks import ClickConfig
-from sam3_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from sam3_jax.training.clip_batch import ClipBatch
+from sam3_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer, tracking
 from sam3_jax.training.state import TrainState, init_state
 from sam3_jax.training.step import StepConfig, make_train_step, unused_parameters
 from sam3_jax.training.targets import LossConfig, Targets
+from sam3_jax.training.tracker_clip import TrackerTrainingConfig
+from sam3_jax.training.tracker_step import make_clip_step, unused_by_clips
 
 # Besides: products that wait for their whole operand, instead of a loop over the parts that other
 # chips hold, which XLA unrolls. It saves a tenth of the time to compile and a fifth of its memory.
@@ -61,15 +66,19 @@ POINTS = 12544
 TARGETS = 200
 MASK_SIDE = 288
 EXEMPLARS = 1
+CLIPS, FRAMES = "clips", 8
 CASES = (
     "v5e:1x16x1:16:1:points v5e:1x16x1:16:1:full v5e:1x16x1:16:2:points v5e:1x16x1:16:4:points "
-    "v5e:16x16x1:256:1:points v5p:1x16x1:16:1:points v6e:1x16x1:16:1:points "
+    "v5e:16x16x1:256:1:points v5e:1x16x1:16:3:clips v5p:1x16x1:16:1:points v6e:1x16x1:16:1:points "
     "h100:1x1x1:4:1:points h100:1x1x1:4:1:full h100:1x1x1:4:2:points h100:1x1x1:4:4:points"
 ).split()
 
 
 class Case(NamedTuple):
-    """``data`` x ``fsdp`` x ``tensor`` chips; ``images`` over all of them, ``prompts`` an image."""
+    """``data`` x ``fsdp`` x ``tensor`` chips; ``images`` over all of them, ``prompts`` an image.
+
+    With ``masks`` "clips": clips, and objects of each.
+    """
 
     device: str
     data: int
@@ -90,8 +99,8 @@ def parse_case(text: str) -> Case:
     data, fsdp, tensor = mesh.split("x")
     if device not in CHIP_GB:
         raise ValueError(f"{device!r}: choose one of {sorted(CHIP_GB)}")
-    if masks not in ("full", "points"):
-        raise ValueError(f"masks {masks!r}: choose full or points")
+    if masks not in ("full", "points", CLIPS):
+        raise ValueError(f"masks {masks!r}: choose full, points or clips")
     return Case(device, int(data), int(fsdp), int(tensor), int(images), int(prompts), masks)
 
 
@@ -174,6 +183,22 @@ def batch_shapes(config: ModelConfig, case: Case, mesh: Mesh, mask_side: int) ->
     return _placed(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))
 
 
+def clip_shapes(config: ModelConfig, case: Case, mesh: Mesh, mask_side: int) -> ClipBatch:
+    """A batch of clips as shapes, split over ``mesh``."""
+    side, clips, objects = config.image_size, case.images, case.prompts
+
+    def batch() -> ClipBatch:
+        return ClipBatch(
+            jnp.zeros((clips, FRAMES, side, side, 3), jnp.uint8),
+            jnp.zeros((clips, objects, FRAMES, mask_side, mask_side), bool),
+            jnp.zeros((clips, objects, FRAMES), bool),
+            jnp.zeros((clips, objects), bool),
+        )
+
+    shapes = jax.eval_shape(batch)
+    return _placed(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))
+
+
 def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -197,12 +222,19 @@ def compile_step(
       method: of the matcher; default: :func:`matcher_of`.
       quick: with XLA's least effort.
     """
-    loss = LossConfig(mask_points=POINTS if case.masks == "points" else 0)
-    optimizer = optimizer_of(config, loss)
     step = StepConfig(matcher=method or matcher_of(case))
-    run = make_train_step(config, loss, optimizer, step)
+    if case.masks == CLIPS:
+        tracker = TrackerTrainingConfig()
+        settings = dataclasses.replace(tracking(), freeze=unused_by_clips(tracker))
+        optimizer = make_optimizer(settings, depth=config.vision.depth, total=10_000)
+        run = make_clip_step(config, tracker, optimizer, step)
+        batch = clip_shapes(config, case, mesh, mask_side)
+    else:
+        loss = LossConfig(mask_points=POINTS if case.masks == "points" else 0)
+        optimizer = optimizer_of(config, loss)
+        run = make_train_step(config, loss, optimizer, step)
+        batch = batch_shapes(config, case, mesh, mask_side)
     state = state_shapes(config, optimizer, mesh)
-    batch = batch_shapes(config, case, mesh, mask_side)
     with jax.set_mesh(mesh):
         lowered = run.lower(state, batch)
     if case.device == H100:

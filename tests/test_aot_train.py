@@ -55,7 +55,7 @@ def test_cases_are_read_and_refused():
     assert str(case) == "v5e:2x8x1:16:4:full"
     with pytest.raises(ValueError, match="'v4': choose one of"):
         train.parse_case("v4:1x1x1:1:1:full")
-    with pytest.raises(ValueError, match="masks 'half': choose full or points"):
+    with pytest.raises(ValueError, match="masks 'half': choose full, points or clips"):
         train.parse_case("v5e:1x1x1:1:1:half")
 
 
@@ -136,3 +136,20 @@ def test_every_chip_matches_its_own_prompts(method):
         for shape in collective.shapes:
             # Costs and one-to-many matches are queries x targets, the matcher's answer targets.
             assert train.TARGETS not in shape, collective
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_trackers_step_compiles_and_keeps_clips_on_their_chips():
+    """A cut-down model: no frame, mask or memory map is sent to another chip."""
+    case = train.parse_case("v5e:1x4x1:4:2:clips")
+    model = shallow(config.tiny())
+    model.memory.attention_depth = model.memory.fuser_depth = model.sam.depth = 1
+    model.image_size = 168  # a grid of 12: no width of the model is like a side of its maps
+    mesh = train.device_mesh(case)
+    compiled = train.compile_step(model, mesh, case, mask_side=24, quick=True)
+    held = {(side, side) for side in (12, 24, 48, 168)}
+    for collective in train.collectives(compiled.as_text()):
+        for shape in collective.shapes:
+            sent = {shape[i : i + 2] for i in range(len(shape) - 1)}
+            assert not sent & held, collective

@@ -143,7 +143,8 @@ def test_two_processes_give_one_process_losses(data, cache, tmp_path):
     # Every device matches on its own host.
     more = ("--config.step.matcher=host", "--config.clicks.corrections=0")
     more += ("--config.data.example.sampling.phrases=1", "--config.data.example.augment.flip=0")
-    train(data, tmp_path / "one", cache, *more, devices=2)
+    train(data, tmp_path / "one", cache, *more, "--cpu_devices=2")
+    assert read_log(tmp_path / "one" / "log.jsonl")[0]["devices"] == 2
     port = 20000 + os.getpid() % 20000
     join = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
     processes = [
@@ -228,13 +229,21 @@ def test_the_configurations_in_the_repository():
         ("sam3_finetune", ("masks", "boxes", "lora")),
         ("sam3_tpu", ("stage2", "stage3")),
         ("sam3_gpu", (None,)),
+        ("sam3_tracker", ("clips", "long")),
+        ("sam3_demo_tracker", (None,)),
     ):
         get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
         for variant in variants:
             config = get_config(variant) if variant else get_config()
             assert isinstance(config, TrainConfig)
-            data = resolve.data_config(config, Path("unused"))
             assert config.batch_size % config.step.accumulate == 0
+            if config.task == "tracker":
+                resolve.clip_data_config(config, Path("unused"))
+                # Compared at no less than the size that the model gives.
+                cells = config.clips.resolution // config.model.vision.patch_size
+                assert config.clips.mask_size >= 4 * cells
+                continue
+            data = resolve.data_config(config, Path("unused"))
             assert data.example.mask_size or not config.loss.masks
         if variants[0]:
             with pytest.raises(ValueError, match="no .* 'x'"):

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -112,11 +112,26 @@ def prepare(
         data_dir=folder,
         file_format="array_record",
     )
+    return write_once(builder, sources, digest_of, overwrite=overwrite)
+
+
+def write_once(
+    builder: tfds.core.DatasetBuilder,
+    sources: Mapping[str, Source],
+    digest: Callable[[Source], str],
+    *,
+    overwrite: bool,
+) -> Path:
+    """Has TFDS write a data set unless it is there, from the same sources; returns its folder.
+
+    Raises:
+      AnnotationError: what writing raises, or a data set of that name from other files.
+    """
     path = Path(builder.data_path)
     if path.exists() and not overwrite:
         written = (builder.info.metadata or {}).get("splits", {})
         for split, source in sources.items():
-            if written.get(split, {}).get("digest") != digest_of(source):
+            if written.get(split, {}).get("digest") != digest(source):
                 raise AnnotationError(
                     f"{path}: was written from other annotations or pictures than "
                     f"{source.annotations}; choose another name, or overwrite it"

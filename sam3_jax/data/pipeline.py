@@ -11,8 +11,10 @@ many workers as before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -74,20 +76,49 @@ def make_pipeline(
     """
     _check(config)
     source = open_split(Path(config.folder), config.split)
-    positions = grain.MapDataset.range(len(source)).seed(config.seed)
-    if config.shuffle:
-        positions = positions.shuffle()
-    positions = positions.repeat(config.epochs or None)
-    sampling = config.example.sampling
     batching = functools.partial(
         collate,
-        prompts=sampling.phrases,
+        prompts=config.example.sampling.phrases,
         exemplars=num_exemplars(config),
         buckets=tuple(config.buckets),
         context_length=config.context_length,
     )
+    return batches_of(
+        len(source),
+        _Draw(source, config.example),
+        batching,
+        config,
+        process_index=process_index,
+        process_count=process_count,
+        start=start,
+    )
+
+
+def batches_of(
+    length: int,
+    draw: grain.transforms.RandomMap,
+    batching: Callable[[Sequence[Any]], Any],
+    config: DataConfig,
+    *,
+    process_index: int,
+    process_count: int,
+    start: int,
+) -> grain.IterDataset:
+    """The stream of batches over a data set of ``length`` entries.
+
+    Args:
+      draw: of an entry's number and a generator, an example.
+      batching: of several examples, a batch.
+
+    Raises:
+      ValueError: on less than one batch.
+    """
+    positions = grain.MapDataset.range(length).seed(config.seed)
+    if config.shuffle:
+        positions = positions.shuffle()
+    positions = positions.repeat(config.epochs or None)
     # Drawn before the split over processes: an example's generator depends on its global position.
-    examples = positions.random_map(_Draw(source, config.example))
+    examples = positions.random_map(draw)
     batches = examples[process_index::process_count].batch(
         config.batch_size, drop_remainder=True, batch_fn=batching
     )

@@ -194,7 +194,7 @@ class Sam3(nn.Module):
 
     def encode_memory(
         self,
-        coarse: Float[Array, "1 h w d"],
+        coarse: Float[Array, "#s h w d"],
         masks: Float[Array, "s mh mw"],
         present: Bool[Array, " s"],
     ) -> Float[Array, "s h w c"]:

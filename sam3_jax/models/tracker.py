@@ -124,8 +124,10 @@ class Tracker(nn.Module):
         present = (object_logits > 0)[:, None]
         return jnp.where(present, self.pointer_head(token), self.no_object_pointer()[0])
 
-    def condition(self, coarse: Float[Array, "1 h w d"], recall: Recall) -> Float[Array, "s h w d"]:
-        """One frame's map as it looks to each object that remembers ``recall``.
+    def condition(
+        self, coarse: Float[Array, "#s h w d"], recall: Recall, *, deterministic: bool = True
+    ) -> Float[Array, "s h w d"]:
+        """One frame's map, or one for each object, as it looks to who remembers ``recall``.
 
         Upstream: ``_prepare_memory_conditioned_features``. Maps are rotated like the frame's own
         cells, pointers (parted into tokens of the memory's width) are not.
@@ -154,7 +156,7 @@ class Tracker(nn.Module):
             jnp.concatenate([jnp.tile(rope.cos, (maps, 1)), rest + 1]),
             jnp.concatenate([jnp.tile(rope.sin, (maps, 1)), rest]),
         )
-        flat = rearrange(coarse, "1 h w d -> 1 (h w) d")
+        flat = rearrange(coarse, "b h w d -> b (h w) d")
         out = self.memory_attention(
             jnp.broadcast_to(flat, (slots, *flat.shape[1:])),
             jnp.asarray(rearrange(sine_grid(height, width, cfg.dim), "h w d -> 1 (h w) d")),
@@ -163,6 +165,7 @@ class Tracker(nn.Module):
             jnp.concatenate(mask, axis=1),
             rope,
             key_rope,
+            deterministic=deterministic,
         )
         return rearrange(out, "s (h w) d -> s h w d", h=height)
 
@@ -214,11 +217,11 @@ class Tracker(nn.Module):
 
     def encode_memory(
         self,
-        coarse: Float[Array, "1 h w d"],
+        coarse: Float[Array, "#s h w d"],
         masks: Float[Array, "s mh mw"],
         present: Bool[Array, " s"],
     ) -> Float[Array, "s h w c"]:
-        """Memory maps of objects in one frame.
+        """Memory maps of objects in one frame, or each in its own.
 
         Args:
           masks: as the encoder was trained on them: probability x 20 - 10. Sides that are not 16

@@ -11,12 +11,14 @@ import typing
 from dataclasses import dataclass, field
 
 from sam3_jax.config import ModelConfig
+from sam3_jax.data.clips import ClipsConfig
 from sam3_jax.data.pipeline import DataConfig
 from sam3_jax.training.clicks import ClickConfig
 from sam3_jax.training.lora import LoraConfig
 from sam3_jax.training.optimizer import OptimizerConfig
 from sam3_jax.training.step import StepConfig
 from sam3_jax.training.targets import LossConfig
+from sam3_jax.training.tracker_clip import TrackerTrainingConfig
 
 
 @dataclass
@@ -81,7 +83,7 @@ class ValidationConfig:
     """Figures and pictures of the ``valid`` split, by the code that ``evaluate.py`` runs."""
 
     every: int = 0  # steps; 0: only at the end
-    images: int = 0  # the first so many; 0: all
+    images: int = 0  # the first so many (tracker: sequences); 0: all
     pictures: int = 8  # drawn for TensorBoard and the output folder
     threshold: float = 0.5
     negatives: bool = True  # every category in every picture
@@ -91,11 +93,16 @@ class ValidationConfig:
 class TrainConfig:
     """One run.
 
+    ``task``: "pictures" trains the image model as ``loss`` and ``clicks`` say, on ``data.example``;
+    "tracker" the tracker as ``tracker`` says, on ``clips`` of videos. Then ``train.annotations`` is
+    a YouTube-VIS file or a folder in SA-V's layout, ``valid.annotations`` one in DAVIS' layout.
+
     ``model``: of a run from random values; a run from a checkpoint takes the sizes from there, and
     from here what belongs to training: dropout, drop path, remat, precision. The side of its images
-    is that of ``data.example.augment.resolution``.
+    is that of ``data.example.augment.resolution`` (tracker: ``clips.resolution``).
     """
 
+    task: str = "pictures"  # or "tracker"
     output: str = "runs/sam3"  # folder: settings, log, states, models, figures
     steps: int = 1000
     epochs: float = 0.0  # takes the place of steps: so many times through the pictures
@@ -109,6 +116,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     clicks: ClickConfig = field(default_factory=ClickConfig)
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
+    tracker: TrackerTrainingConfig = field(default_factory=TrackerTrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     step: StepConfig = field(default_factory=StepConfig)

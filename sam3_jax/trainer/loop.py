@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 
 from sam3_jax import checkpoint
 from sam3_jax.config import to_dict
-from sam3_jax.data.pipeline import DataConfig, make_pipeline
-from sam3_jax.data.source import open_split
+from sam3_jax.data.pipeline import DataConfig
 from sam3_jax.inference import compile_cache
 from sam3_jax.sharding import batch_sharding
 from sam3_jax.trainer.checkpoints import RunCheckpoints
@@ -29,16 +28,14 @@ from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.trainer.export import MODEL, export_models, shipped_params
 from sam3_jax.trainer.interrupt import Interruption
 from sam3_jax.trainer.logs import RunLog
-from sam3_jax.trainer.resolve import data_config, flops_per_step, make_run_mesh, with_steps
+from sam3_jax.trainer.resolve import make_run_mesh, with_steps
 from sam3_jax.trainer.run import Run
-from sam3_jax.trainer.start import Origin, RunError, initial, prepare_data
+from sam3_jax.trainer.start import Origin, RunError, initial
 from sam3_jax.trainer.state_shapes import shape_of
-from sam3_jax.trainer.validation import Validator
-from sam3_jax.training.batch import TrainBatch
+from sam3_jax.trainer.tasks import Task, task_of
 from sam3_jax.training.lora import add_lora
 from sam3_jax.training.optimizer import Optimizer, make_optimizer
 from sam3_jax.training.state import TrainState, init_state
-from sam3_jax.training.step import make_train_step, unused_parameters
 
 
 class Finished(NamedTuple):
@@ -61,28 +58,18 @@ def train(config: TrainConfig) -> Finished:
     compile_cache.enable()
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    folder = prepare_data(config)
-    data = data_config(config, folder)
-    config = with_steps(config, len(open_split(folder, data.split)))
+    task = task_of(config)
+    folder = task.prepare()
+    data = task.data(folder)
+    config = with_steps(config, task.count(folder))
 
     # -- Model and state --------------------------------------------------------------------------
     mesh = make_run_mesh(config)
-    resolution = config.data.example.augment.resolution
-    origin = initial(config.init, config.model, resolution, config.seed, mesh)
+    origin = initial(config.init, config.model, task.resolution, config.seed, mesh)
     config = dataclasses.replace(config, model=origin.model)
-    validator = None
-    if config.valid.annotations:
-        settings = (config.valid, config.validation, origin.model)
-        validator = Validator(*settings, dtype=config.step.dtype, folder=output)
-    optimizer, state = _start(config, origin, mesh)
-    step = make_train_step(
-        origin.model,
-        config.loss,
-        optimizer,
-        dataclasses.replace(config.step, seed=config.step.seed + config.seed),
-        clicks=config.clicks,
-        alpha=config.lora.alpha,
-    )
+    validator = task.judge(origin.model, output) if config.valid.annotations else None
+    optimizer, state = _start(config, task, origin, mesh)
+    step = task.step(origin.model, optimizer)
 
     # -- Where an earlier run of the same folder stopped ------------------------------------------
     checkpoints = RunCheckpoints(output / "states", config.checkpoint)
@@ -100,12 +87,14 @@ def train(config: TrainConfig) -> Finished:
         steps=config.steps,
         start=start,
         images_per_step=config.batch_size,
-        flops_per_step=flops_per_step(config, data) if first else None,
+        flops_per_step=task.flops(config, data) if first else None,
         active=first,
     )
     log.settings(to_dict(config))
     origin = origin._replace(params={})  # the state has them, the first step takes them over
-    run = Run(config, output, mesh, origin, optimizer, step, position, log, checkpoints, validator)
+    run = Run(
+        config, task, output, mesh, origin, optimizer, step, position, log, checkpoints, validator
+    )
     with contextlib.closing(log), contextlib.closing(checkpoints):
         return _steps(run, state, data, start)
 
@@ -113,12 +102,11 @@ def train(config: TrainConfig) -> Finished:
 def _steps(run: Run, state: TrainState, data: DataConfig, start: int) -> Finished:
     config, pending, figures = run.config, None, {}
     metrics: dict[str, float] = {}
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         if run.mesh:
             stack.enter_context(jax.set_mesh(run.mesh))
-        batches = iter(make_pipeline(data, start=start, **processes))
+        batches = iter(run.task.batches(data, start))
         if hasattr(batches, "close"):
             stack.callback(batches.close)
         number = start
@@ -177,7 +165,7 @@ def _report(run: Run, number: int, metrics: dict[str, jax.Array], waited: float)
     return values
 
 
-def place(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
+def place(batch: Any, mesh: Mesh | None) -> Any:
     """This process's rows of a batch onto its devices."""
     if mesh is None:
         return jax.device_put(batch)
@@ -185,9 +173,11 @@ def place(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _start(config: TrainConfig, origin: Origin, mesh: Mesh | None) -> tuple[Optimizer, TrainState]:
+def _start(
+    config: TrainConfig, task: Task, origin: Origin, mesh: Mesh | None
+) -> tuple[Optimizer, TrainState]:
     """Optimizer and state before the first step."""
-    frozen = (*config.optimizer.freeze, *unused_parameters(config.loss, config.clicks))
+    frozen = (*config.optimizer.freeze, *task.unused)
     settings = dataclasses.replace(config.optimizer, freeze=frozen)
     try:
         optimizer = make_optimizer(settings, depth=origin.model.vision.depth, total=config.steps)

@@ -35,9 +35,7 @@ def data_config(config: TrainConfig, folder: Path) -> DataConfig:
     Raises:
       RunError: where the processes cannot share a batch evenly.
     """
-    processes = jax.process_count()
-    if config.batch_size % processes:
-        raise RunError(f"batch_size={config.batch_size} cannot be shared by {processes} processes")
+    share = _share(config)
     example = dataclasses.replace(config.data.example)
     if config.clicks.weight and not example.clicks:
         raise RunError(
@@ -50,17 +48,39 @@ def data_config(config: TrainConfig, folder: Path) -> DataConfig:
             "loss.masks and loss.semantic to False"
         )
     buckets = tuple(config.data.buckets)
-    if processes > 1:
+    if jax.process_count() > 1:
         buckets = buckets[-1:]  # one program for all: nobody knows what the others' batches need
     return dataclasses.replace(
         config.data,
         folder=str(folder),
-        batch_size=config.batch_size // processes,
+        batch_size=share,
         seed=config.data.seed + config.seed,
         context_length=config.model.text.context_length,
         buckets=buckets,
         example=example,
     )
+
+
+def clip_data_config(config: TrainConfig, folder: Path) -> DataConfig:
+    """The pipeline of this process, of clips.
+
+    Raises:
+      RunError: where the processes cannot share a batch evenly.
+    """
+    return dataclasses.replace(
+        config.data,
+        folder=str(folder),
+        batch_size=_share(config),
+        seed=config.data.seed + config.seed,
+    )
+
+
+def _share(config: TrainConfig) -> int:
+    """Images, or clips, of a batch that this process makes."""
+    processes = jax.process_count()
+    if config.batch_size % processes:
+        raise RunError(f"batch_size={config.batch_size} cannot be shared by {processes} processes")
+    return config.batch_size // processes
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +12,21 @@ from sam3_jax.trainer.checkpoints import RunCheckpoints
 from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.trainer.logs import RunLog
 from sam3_jax.trainer.start import Origin
-from sam3_jax.trainer.validation import Validator
+from sam3_jax.trainer.tasks import Judge, Task
 from sam3_jax.training.optimizer import Optimizer
-from sam3_jax.training.step import Step
 
 
 class Run(NamedTuple):
     """What stays the same from step to step."""
 
     config: TrainConfig
+    task: Task
     output: Path
     mesh: Mesh | None
     origin: Origin
     optimizer: Optimizer
-    step: Step
+    step: Callable  # (state, batch) -> (state, metrics)
     position: dict[str, Any]
     log: RunLog
     checkpoints: RunCheckpoints
-    validator: Validator | None
+    validator: Judge | None

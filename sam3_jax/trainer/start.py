@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +56,38 @@ def prepare_data(config: TrainConfig) -> Path:
             "no training data: give --config.train.annotations=FILE (COCO or SA-Co JSON, or a "
             "Roboflow folder) and, where they are elsewhere, --config.train.images=FOLDER"
         )
+    return written_data(config, digest_of, prepare, "train")
+
+
+def written_data(
+    config: TrainConfig,
+    digest: Callable[[Source], str],
+    write: Callable[..., Path],
+    kind: str,
+) -> Path:
+    """The folder of the data of ``config.train``, or ``config.data.folder``; see ``prepare_data``.
+
+    Args:
+      digest: identifies the split's files.
+      write: as ``sam3_jax.data.builder.prepare``.
+      kind: of the data, the beginning of the folder's name.
+    """
+    if config.data.folder:
+        return Path(config.data.folder)
+    if not config.train.annotations:
+        raise RunError(
+            "no training data: give --config.train.annotations=FILE (YouTube-VIS JSON, or a folder "
+            "in SA-V's layout) and, where they are elsewhere, --config.train.images=FOLDER"
+        )
     source = source_of(config.train)
     # Named by its contents: another annotation file is another data set.
-    name = f"train-{digest_of(source).split()[0][:12]}"
+    name = f"{kind}-{digest(source).split()[0][:12]}"
     folder = Path(config.output).absolute() / "data"
     if jax.process_index() == 0:
         print(f"data: {config.train.annotations} into {folder / name}", file=sys.stderr)
-        prepare({"train": source}, folder, name, max_bad=config.train.max_bad)
+        write({"train": source}, folder, name, max_bad=config.train.max_bad)
     barrier("data")
-    return prepare({"train": source}, folder, name, max_bad=config.train.max_bad)
+    return write({"train": source}, folder, name, max_bad=config.train.max_bad)
 
 
 def barrier(name: str) -> None:
@@ -85,7 +109,7 @@ def training_model(wanted: ModelConfig, sizes: ModelConfig, resolution: int) -> 
     patch = model.vision.patch_size
     if resolution % patch:
         raise RunError(
-            f"data.example.augment.resolution={resolution} must be a multiple of {patch}, best of "
+            f"the pictures' resolution={resolution} must be a multiple of {patch}, best of "
             f"{patch * model.vision.window_size}"
         )
     for part in ("vision", "text", "geometry", "fusion", "decoder", "scoring", "memory"):
@@ -136,4 +160,7 @@ def _random(model: ModelConfig, seed: int, place: Any) -> dict:
     make = functools.partial(init_params, model)
     key = jax.random.key(seed)
     shardings = place(jax.eval_shape(make, key))
-    return jax.jit(make, out_shardings=shardings)(key)
+    # Hundreds of small draws: XLA would spend a minute of a core on making them quick.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)(key)

@@ -107,6 +107,18 @@ def pretraining() -> OptimizerConfig:
     return config
 
 
+def tracking() -> OptimizerConfig:
+    """The paper's stage 4: a cosine from 5e-4, one rate for all that trains.
+
+    The warm-up, clip and weight decay are not in the paper.
+    """
+    config = OptimizerConfig(rate_scale=1.0)
+    config.vision.rate = config.rest.rate = 5e-4
+    config.vision.layer_decay = 1.0
+    config.schedule = ScheduleConfig("cosine", warmup=1000)
+    return config
+
+
 class Optimizer(NamedTuple):
     """What the step needs. ``schedule``: the common factor of all rates, by optimizer steps."""
 

@@ -1,39 +1,30 @@
 """One training step of the detector (upstream ``sam3/train/trainer.py``): a pure function.
 
-Parameters, moments and averages are float32; the model computes in ``StepConfig.dtype``.
-
-Gradients are accumulated by a scan over micro-batches inside the step, not by ``optax.MultiSteps``:
-there is one update, one decision to skip and one state a step, nothing that waits between calls has
-to be saved, and the scan's carry is the only extra copy of the gradients. As upstream, every
-micro-batch normalises its own losses, and their gradients are averaged: that equals one large batch
-where the micro-batches have as many targets each.
+Parameters, moments and averages are float32; the model computes in ``StepConfig.dtype``. What is
+done with the loss is in ``update.py``.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import Sam3
-from sam3_jax.sharding import constrain_batch, constrain_params
+from sam3_jax.sharding import constrain_batch
 from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
 from sam3_jax.training.clicks import ClickConfig, click_loss
 from sam3_jax.training.criterion import detection_loss
-from sam3_jax.training.optimizer import MEMORY, TRACKER, Optimizer, path_of
+from sam3_jax.training.optimizer import MEMORY, TRACKER, Optimizer
 from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.targets import LossConfig
+from sam3_jax.training.update import Metrics, check_reached, learn
 from sam3_jax.types import ClickOutput, ClickPrompt, GroundOutput, Levels
 
-Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
 
@@ -93,8 +84,7 @@ def make_train_step(
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         batch = constrain_batch(batch)
         train, frozen = trainable(state, optimizer)
-        _check_reached(train, loss, clicks)
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        check_reached(train, unused_parameters(loss, clicks))
 
         def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
             params = assemble(train, frozen, lora=state.lora is not None, alpha=alpha)
@@ -122,29 +112,17 @@ def make_train_step(
             )
             return total + clicks.weight * more, terms | click_terms
 
-        grads, metrics = _accumulate(losses, train, batch, key, config.accumulate)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "rate": optimizer.schedule(state.step - state.skipped),
-        }
-        state = _update(state, grads, metrics, optimizer)
-        metrics |= {
-            "skipped": state.skipped.astype(jnp.float32),
-            "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
-        }
-        return constrain_params(state), metrics
+        return learn(
+            state,
+            batch,
+            losses,
+            micro_batches,
+            optimizer,
+            seed=config.seed,
+            accumulate=config.accumulate,
+        )
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _check_reached(train: dict, loss: LossConfig, clicks: ClickConfig) -> None:
-    for path, _ in jax.tree_util.tree_flatten_with_path(train)[0]:
-        for pattern in unused_parameters(loss, clicks):
-            if re.search(pattern, path_of(path)):
-                raise ValueError(
-                    f"{path_of(path)} would train, but the loss does not reach it, so weight decay "
-                    f"would wear it away: add {pattern!r} to the optimizer's freeze"
-                )
 
 
 def forward(
@@ -170,65 +148,3 @@ def forward(
         return out, for_each(image.tracker, objects) if tracker else None
 
     return module.apply({"params": params}, rngs={"dropout": key}, method=run)
-
-
-def _accumulate(
-    losses: Callable, train: dict, batch: TrainBatch, key: PRNGKeyArray, count: int
-) -> tuple[dict, Metrics]:
-    """Mean gradients and metrics over ``count`` micro-batches."""
-    gradient = jax.value_and_grad(losses, has_aux=True)
-
-    def one(batch: TrainBatch, key: PRNGKeyArray) -> tuple[dict, Metrics]:
-        (total, terms), grads = gradient(train, batch, key)
-        return constrain_params(grads), {"loss": total, **terms}
-
-    if count == 1:
-        return one(batch, key)
-    cut = micro_batches(batch, count)
-    keys = jax.random.split(key, count)
-
-    def add(sums: tuple, part: tuple) -> tuple[tuple, None]:
-        batch, key = part
-        return jax.tree.map(jnp.add, sums, one(constrain_batch(batch), key)), None
-
-    first = jax.tree.map(lambda x: x[0], (cut, keys))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
-    sums, _ = lax.scan(add, zeros, (cut, keys))
-    return jax.tree.map(lambda x: x / count, sums)
-
-
-def _update(state: TrainState, grads: dict, metrics: Metrics, optimizer: Optimizer) -> TrainState:
-    """The state after the optimizer's step, or as it was where something is not finite.
-
-    The old values are chosen element by element. With a conditional XLA computes the norm twice
-    (for metrics and clip), and takes 8 GB more to compile for a TPU.
-    """
-    train, frozen = trainable(state, optimizer)
-    updates = state.step - state.skipped
-    change, opt_state = optimizer.transform.update(grads, state.opt_state, train)
-    moved, ema = optax.apply_updates(train, change), state.ema
-    if ema is not None:
-        # A young average follows quickly, so that the initial values do not linger in it.
-        decay = jnp.minimum(optimizer.ema, (1.0 + updates) / (10.0 + updates))
-        ema = optax.incremental_update(moved, ema, 1.0 - decay)
-
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    train, opt_state, ema = jax.tree.map(
-        functools.partial(jnp.where, finite),
-        (moved, opt_state, ema),
-        (train, state.opt_state, state.ema),
-    )
-    if state.lora is None:
-        params, lora = assemble(train, frozen, lora=False, alpha=0.0), None
-    else:
-        params, lora = state.params, train
-    bad = (~finite).astype(jnp.int32)
-    return TrainState(
-        step=state.step + 1,
-        params=params,
-        lora=lora,
-        opt_state=opt_state,
-        ema=ema,
-        skipped=state.skipped + bad,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-    )
