@@ -175,7 +175,8 @@ def test_forward_of_the_detector(one):
     # Heads: the mask head alone multiplies 12 + 12 queries with a map of 32 x 32.
     no_masks = LossConfig(masks=False, semantic=False)
     assert train_flops(config, 1, 1, loss=no_masks) < 3 * (one - 2 * 24 * 32 * 32 * config.dim)
-    assert train_flops(config, 3, 6) == 3 * 3 * two
+    # The decoder's first layer reads the same boxes for all prompts.
+    assert 0.99 * 3 * 3 * two < train_flops(config, 3, 6) < 3 * 3 * two
 
 
 def test_forward_with_clicks(one):

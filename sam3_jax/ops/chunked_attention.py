@@ -164,7 +164,7 @@ def chunked(x: Operands, *, causal: bool, rate: float, tiles: Tiles) -> Float[Ar
     return _each(batch_block, b // batch, x, axes, squeeze=True)[:, :n]
 
 
-def _drop(x: Operands, axis: int, size: int) -> Operands:
+def _drop(x: Operands, axis: int, size: Dim) -> Operands:
     """x with the broadcast axis of its bias left out where the parts lose that axis (size 1)."""
     return x._replace(bias=x.bias.squeeze(axis)) if size == 1 else x
 

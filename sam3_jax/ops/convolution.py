@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from sam3_jax.ops.attention import BATCH_AXES
 
 Precision = lax.Precision | None
+UNROLLED = 16  # elements of a kernel whose gradients are written out; more compile for too long
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -122,21 +123,25 @@ def _kernel_gradient(
     height, width = kernel.shape[:2]
     rows, columns = (stride * (n - 1) + 1 for n in dy.shape[1:3])
 
+    def part(x: Array, dy: Array, row: Array | int, column: Array | int) -> Array:
+        seen = lax.dynamic_slice(x, (row, column, 0), (rows, columns, x.shape[2]))
+        return jnp.einsum(
+            product,
+            seen[::stride, ::stride],
+            dy,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         x, dy = pair
         x = jnp.pad(x, ((pad, pad), (pad, pad), (0, 0)))
-        parts = [
-            jnp.einsum(
-                product,
-                x[i : i + rows : stride, j : j + columns : stride],
-                dy,
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            for i in range(height)
-            for j in range(width)
-        ]
-        return total + jnp.stack(parts).reshape(total.shape), None
+        places = [(i, j) for i in range(height) for j in range(width)]
+        if len(places) > UNROLLED:
+            parts = lax.map(lambda place: part(x, dy, *place), jnp.array(places))
+        else:
+            parts = jnp.stack([part(x, dy, *place) for place in places])
+        return total + parts.reshape(total.shape), None
 
     total, _ = lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (x, dy))
     return total.astype(kernel.dtype)
