@@ -105,6 +105,7 @@ def test_images_alone(model, scene):
             assert_close(one[0], both[i], SHARE, f"image {i}")
 
 
+@pytest.mark.slow
 def test_without_jit(model, scene, together):
     _, levels, text, (boxes, labels, mask) = scene
     geo = geometry(3, boxes, labels, box_mask=mask)

@@ -89,6 +89,7 @@ def learn(session, steps: int) -> list[dict[str, float]]:
     return history
 
 
+@pytest.mark.slow
 def test_the_loss_falls(session):
     history = learn(session, 30)
     assert history[-1]["total"] < 0.5 * history[0]["total"]

@@ -184,6 +184,7 @@ def test_steps_that_are_not_finite_are_skipped(single):
     assert not np.array_equal(moved, before.params["decoder"]["norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one(single, monkeypatch):
     """With equal blocks as loops, as on TPUs: the one device has them written out."""
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1024)

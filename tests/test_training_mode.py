@@ -168,6 +168,7 @@ def test_drop_path_rises_with_depth(model, scene):
     assert any(np.abs(run(0.9, seed) - still).max() > 1e-2 for seed in range(3))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(model, scene):
     """Forward and gradient with every ``remat`` on."""
     pixels, _, text = scene

@@ -81,6 +81,7 @@ def remembered(buckets: Buckets, field: str) -> np.ndarray:
     return np.concatenate([np.asarray(getattr(state, field)) for state in buckets.states])
 
 
+@pytest.mark.slow
 def test_company_does_not_depend_on_buckets(one, pyramids, said):
     many = buckets_of(OBJECTS // 2)
     expected, found = (follow(buckets, pyramids, said) for buckets in (one, many))

@@ -86,6 +86,7 @@ def predictor(model) -> VideoPredictor:
     return VideoPredictor(params, MODEL, dtype="float32", video=rules)
 
 
+@pytest.mark.slow
 def test_phrase(model, clip, predictor):
     """Objects are born, renewed, removed; masks, scores and identities stay equal."""
     tokens = default_tokenizer()(["a cat"], MODEL.text.context_length)

@@ -54,6 +54,7 @@ def test_results_wait_so_that_nothing_shown_is_taken_back(predictor):
     assert seen[0] < seen[1], "the test needs something that hotstart removes"
 
 
+@pytest.mark.slow
 def test_a_phrase_does_not_depend_on_company(predictor):
     """Two in one pass are each what it is alone; only the numbers of its objects differ."""
     both = predictor.start(clip())
