@@ -32,9 +32,12 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sam3_jax.config import ModelConfig
 
 TFLOP_PER_IMAGE = 6.0
 TFLOP_PER_SECOND = 800.0
@@ -45,12 +48,10 @@ PHRASES = ("cat", "striped red umbrella")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def write_weights(folder: Path, size: str) -> None:
-    """Seeded weights of a named size, in our form and transformers'."""
+def random_params(model: ModelConfig) -> dict:
+    """Seeded values under which activations keep their size."""
     import jax
 
-    from sam3_jax import checkpoint, config
-    from sam3_jax.convert.export import write_hf
     from sam3_jax.models.detector import init_shapes
 
     rng = np.random.default_rng(0)
@@ -65,8 +66,16 @@ def write_weights(folder: Path, size: str) -> None:
             case _:
                 return 0.1 * values
 
+    return jax.tree_util.tree_map_with_path(draw, init_shapes(model))
+
+
+def write_weights(folder: Path, size: str) -> None:
+    """Seeded weights of a named size, in our form and transformers'."""
+    from sam3_jax import checkpoint, config
+    from sam3_jax.convert.export import write_hf
+
     model = config.NAMED[size]()
-    params = jax.tree_util.tree_map_with_path(draw, init_shapes(model))
+    params = random_params(model)
     checkpoint.save(folder / CHECKPOINT, params, model)
     write_hf(folder / HF, params, {}, model, "Sam3Model")
 

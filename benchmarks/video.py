@@ -44,7 +44,7 @@ import numpy as np
 if not __package__:  # run as a script: the benchmarks beside it are imported by their full name
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.image import check_finite, peak_gb, repair_torchvision
+from benchmarks.image import check_finite, peak_gb, random_params, repair_torchvision
 
 JAX, TORCH = "sam3_jax", "transformers"
 CHECKPOINT, HF = "checkpoint", "hf"
@@ -72,26 +72,11 @@ def model_config(size: str) -> Any:
 
 def write_weights(folder: Path, size: str) -> None:
     """Seeded weights, in our form and transformers'; objects are mostly present."""
-    import jax
-
     from sam3_jax import checkpoint
     from sam3_jax.convert.export import write_hf
-    from sam3_jax.models.detector import init_shapes
-
-    rng = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        values = rng.standard_normal(leaf.shape, np.float32)
-        match path[-1].key:
-            case "kernel":
-                return values * np.float32(0.5 * leaf.shape[-1] / leaf.size) ** np.float32(0.5)
-            case "scale":
-                return 1 + 0.1 * values
-            case _:
-                return 0.1 * values
 
     model = model_config(size)
-    params = jax.tree_util.tree_map_with_path(draw, init_shapes(model))
+    params = random_params(model)
     head = params["tracker"]["mask_decoder"]["object_head"]
     head[max(head)]["bias"] = head[max(head)]["bias"] + 4.0
     checkpoint.save(folder / CHECKPOINT, params, model)

@@ -1,13 +1,18 @@
 """Trains the demo's small SAM 3 from random values on drawn shapes and digits.
 
     python -m sam3_jax.demo.dataset data/shapes
-    python train.py --config=configs/sam3_demo.py
+    python train.py --config=configs/sam3_demo.py:first --cpu_devices=2
+    python train.py --config=configs/sam3_demo.py:second --cpu_devices=2
+    python train.py --config=configs/sam3_demo.py:clicks --cpu_devices=2
 
-All stages learn together from the released losses: text, exemplar boxes, presence, boxes, masks,
-the semantic map and clicks. A fifth of the phrases that name a colour and a shape is replaced by a
-box around one of their objects, so that "the same colour and shape" is what a box alone means.
+Each stage begins with the model of the one before: ``first`` finds things by boxes and the
+semantic map, at 192 pixels; ``second`` learns their masks too, at 256; ``clicks`` trains the
+interactive head on the image model as it is. The losses are the released ones, of other weights.
+A fifth of the phrases that name a colour and a shape is replaced by a box around one of their
+objects, so that "the same colour and shape" is what a box alone means.
 
-Hardware: two cores of a CPU and 4 GB; the same command takes a GPU where there is one.
+Hardware: two cores of a CPU and 4 GB; without ``--cpu_devices`` a GPU where there is one. No run
+has been finished yet, so there are no figures.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from PIL import Image
 import tiny_predictor
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
+from sam3_jax.data.annotations import load_annotations
 from sam3_jax.demo import __main__ as demo
-from sam3_jax.demo import bundle, questions, tiles, weights
+from sam3_jax.demo import bundle, coins, questions, tiles, weights
 from sam3_jax.demo.objects import UNSEEN
 from sam3_jax.inference import bulk, cli
 from sam3_jax.inference.image import ImagePredictor
@@ -307,3 +308,18 @@ def test_help_comes_at_once():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
     assert "overview.png" in done.stdout
+
+
+def test_ten_pictures_of_coins(tmp_path, capsys):
+    assert coins.main([str(tmp_path / "coins")]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [file.parent.name for file in files] == ["train", "valid"]
+    for file in files:
+        dataset = load_annotations([file])
+        assert not dataset.problems.found
+        content = json.loads(file.read_text())
+        assert len(content["images"]) == len(list(file.parent.glob("*.png"))) == 10
+        shown = {annotation["image_id"] for annotation in content["annotations"]}
+        assert shown == set(range(8))  # the last two show grass and gravel
+    assert coins.main([str(tmp_path / "coins")]) == 2
+    assert "choose another folder" in capsys.readouterr().err

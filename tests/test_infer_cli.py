@@ -14,9 +14,10 @@ import skimage.data
 from pycocotools.coco import COCO
 
 import tiny_predictor
+from infer_command import caller
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
-from sam3_jax.inference import bulk, cli, files, pipeline, rle
+from sam3_jax.inference import cli, files, pipeline, rle
 from sam3_jax.inference.engine import Engine
 from sam3_jax.inference.image import ImagePredictor
 
@@ -35,13 +36,7 @@ def predictor() -> ImagePredictor:
 @pytest.fixture
 def run(predictor, monkeypatch, tmp_path):
     """Runs the command on the tiny model, writing to ``tmp_path / "out"``."""
-    monkeypatch.setattr(bulk, "load_engine", lambda path, dtype, resolution: predictor.engine)
-
-    def call(*arguments: str | Path) -> int:
-        common = ["--checkpoint", "somewhere", "--output", str(tmp_path / "out")]
-        return cli.main([*common, *map(str, arguments)])
-
-    return call
+    return caller(predictor.engine, monkeypatch, tmp_path / "out")
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import PIL.Image
 import pytest
 
 import video_session
-from sam3_jax.inference import bulk, cli, rle
+from infer_command import caller
+from sam3_jax.inference import cli, rle
 from sam3_jax.inference.arguments import PRESETS, build_parser
 from sam3_jax.inference.prompts import PromptError
 from sam3_jax.video import command, follow
@@ -40,14 +41,8 @@ def predictor() -> VideoPredictor:
 @pytest.fixture
 def run(predictor, monkeypatch, tmp_path):
     """Runs the command on the tiny model and its rules, writing to ``tmp_path / "out"``."""
-    monkeypatch.setattr(bulk, "load_engine", lambda path, dtype, resolution: predictor.engine)
     monkeypatch.setattr(VideoPredictor, "from_engine", lambda engine, video: predictor)
-
-    def call(*arguments: str | Path) -> int:
-        common = ["--checkpoint", "somewhere", "--output", str(tmp_path / "out")]
-        return cli.main([*common, *map(str, arguments)])
-
-    return call
+    return caller(predictor.engine, monkeypatch, tmp_path / "out")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class ConceptConfig(tfds.core.BuilderConfig):
+class SourcesConfig(tfds.core.BuilderConfig):
     """A data set under a name of its own; ``max_bad``: share of entries that may be unusable."""
 
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
@@ -46,7 +46,7 @@ class ConceptConfig(tfds.core.BuilderConfig):
 
 
 class Concepts(tfds.core.GeneratorBasedBuilder):
-    """Pictures with phrases and their targets. Takes a :class:`ConceptConfig`."""
+    """Pictures with phrases and their targets. Takes a :class:`SourcesConfig`."""
 
     VERSION = tfds.core.Version("1.0.0")
     # Nothing is downloaded. (TFDS would look for a list of checksums beside this file, with a
@@ -108,7 +108,7 @@ def prepare(
       AnnotationError: unusable files, too much damage, or a data set of that name from others.
     """
     builder = Concepts(
-        config=ConceptConfig(name=name, sources=dict(sources), max_bad=max_bad),
+        config=SourcesConfig(name=name, sources=dict(sources), max_bad=max_bad),
         data_dir=folder,
         file_format="array_record",
     )

@@ -6,7 +6,6 @@ holds the bytes of the frames' image files and run lengths of every masklet in e
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sam3_jax.data.annotations import MAX_BAD
-from sam3_jax.data.builder import Source, write_once
+from sam3_jax.data.builder import Source, SourcesConfig, write_once
 from sam3_jax.data.film_annotations import SAV_SUFFIXES, load_films
 from sam3_jax.data.film_frames import with_frames
 from sam3_jax.data.films import Film, Masklet, pieces
@@ -29,16 +28,8 @@ UNKNOWN = b"?"  # in place of run lengths: nobody can say
 SPLITS = "splits"
 
 
-@dataclasses.dataclass(eq=False)
-class FilmsConfig(tfds.core.BuilderConfig):
-    """A data set under a name of its own; ``max_bad``: share of entries that may be unusable."""
-
-    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    max_bad: float = MAX_BAD
-
-
 class Films(tfds.core.GeneratorBasedBuilder):
-    """Videos with masklets. Takes a :class:`FilmsConfig`."""
+    """Videos with masklets. Takes a :class:`SourcesConfig`."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos: ClassVar[dict] = {}  # nothing is downloaded
@@ -100,7 +91,7 @@ def prepare_films(
       AnnotationError: unusable files, too much damage, or a data set of that name from others.
     """
     builder = Films(
-        config=FilmsConfig(name=name, sources=dict(sources), max_bad=max_bad),
+        config=SourcesConfig(name=name, sources=dict(sources), max_bad=max_bad),
         data_dir=folder,
         file_format="array_record",
     )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sam3_jax.demo.motion import Movie, is_seen_at_first, make_movie, masks_of, pictures_of
 from sam3_jax.demo.objects import BASE_SIDE
+from sam3_jax.inference.argument_values import parse_count, parse_positive
 
 DESCRIPTION = """\
 Draws clips of coloured shapes and handwritten digits that move over photographs, occlude each
@@ -207,30 +208,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("output", type=Path, help="folder to write to")
-    add("--train", type=_count, default=600, help="training clips (default 600; 0: none)")
-    add("--held-out", type=_count, default=0, help="clips of each held-out set (0: all of them)")
-    add("--seed", type=_count, default=0, help="of the training clips (default 0)")
+    add("--train", type=parse_count, default=600, help="training clips (default 600; 0: none)")
+    add(
+        "--held-out",
+        type=parse_count,
+        default=0,
+        help="clips of each held-out set (0: all of them)",
+    )
+    add("--seed", type=parse_count, default=0, help="of the training clips (default 0)")
     add(
         "--workers",
-        type=_positive,
+        type=parse_positive,
         default=os.cpu_count() or 1,
         help="processes that draw (default: one a CPU)",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if not value:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from sam3_jax.demo.held_out import COUNTS, write_split
 from sam3_jax.demo.layout import SceneConfig
 from sam3_jax.demo.scene import SPLITS, make_scene
 from sam3_jax.demo.sheet import draw_sheet
+from sam3_jax.inference.argument_values import parse_count, parse_positive
 
 DESCRIPTION = """\
 Draws coloured shapes and handwritten digits on photographs, with phrases ("small red ring",
@@ -86,32 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("output", type=Path, nargs="?", help="folder to write to")
-    add("--train", type=_count, default=16000, help="training pictures (default 16000; 0: none)")
-    add("--seed", type=_count, default=0, help="of the training set (default 0)")
+    add(
+        "--train",
+        type=parse_count,
+        default=16000,
+        help="training pictures (default 16000)",
+    )
+    add("--seed", type=parse_count, default=0, help="of the training set (default 0)")
     add(
         "--workers",
-        type=_positive,
+        type=parse_positive,
         default=os.cpu_count() or 1,
         help="processes that draw training pictures (default: one a CPU)",
     )
     add("--sheet", type=Path, metavar="FILE", help="draw pictures with their answers into FILE")
     add("--split", choices=SPLITS, default="test", help="that --sheet shows (default test)")
-    add("--first", type=_count, default=0, help="picture that --sheet shows first (default 0)")
+    add("--first", type=parse_count, default=0, help="picture that --sheet shows first (default 0)")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if not value:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3_jax.inference.arguments import PRESETS, parse_threshold
+from sam3_jax.inference.argument_values import parse_threshold
+from sam3_jax.inference.arguments import PRESETS
 from sam3_jax.inference.files import UsageError
 
 MIN_SCORE = 0.05  # COCO AP wants low scores too; below this one they hardly count

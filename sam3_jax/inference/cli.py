@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from sam3_jax.demo.weights import KNOWN, weights_path
-from sam3_jax.inference.arguments import build_parser, parse_threshold
+from sam3_jax.inference.argument_values import parse_threshold
+from sam3_jax.inference.arguments import build_parser
 from sam3_jax.inference.files import UsageError, expand_inputs, is_video
 from sam3_jax.inference.jobs import BadLine, Job, JobError, Share, make_job, read_jobs
 
