@@ -12,7 +12,7 @@ JOBS ?= 2
 # The one quick test of the released size: alone, and compiled with all optimisations.
 FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
 
-# Slow tests that fill a process with gigabytes, which the others need for processes of their own.
+# Slow tests that fill a process with gigabytes: one after the other, and without the others.
 LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_full.py \
 	parity_memory.py parity_tracking_full.py)
 
@@ -28,7 +28,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/demo.stamp  ## find things in drawn pictures (needs trained weights: sam3_jax/demo/bundle.py)
+demo: .venv/demo.stamp  ## find things in pictures, with the weights that the package brings
 	$(BIN)/python -m sam3_jax.demo --output demo
 
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
@@ -40,7 +40,8 @@ test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
 
 test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
 	$(BIN)/python -m pytest -m slow $(LARGE) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m slow $(addprefix --ignore=,$(LARGE)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(addprefix --ignore=,$(LARGE)) \
+		$(PYTEST_ARGS)
 
 lint: .venv/test.stamp  ## check style: ruff's rules and format
 	$(BIN)/ruff check .

@@ -28,45 +28,49 @@ from sam3_jax.trainer.config import TrainConfig
 class Stage(NamedTuple):
     """What differs between stages."""
 
+    folder: str  # of the data
     side: int  # of the pictures, in pixels
     steps: int
     batch: int
     rate: float
+    recognition: float = 20.0  # weight of classes and presence
     masks: bool = True
     clicks: int = 0  # objects an image to click on; if any, nothing but the interactive head learns
 
 
 STAGES = {
-    "first": Stage(side=192, steps=6000, batch=8, rate=1e-3, masks=False),
-    "second": Stage(side=256, steps=1500, batch=8, rate=5e-4),
-    "clicks": Stage(side=256, steps=800, batch=8, rate=1e-3, masks=False, clicks=4),
+    "words": Stage("close", side=64, steps=2400, batch=32, rate=1e-3, recognition=100.0),
+    "first": Stage("train", side=192, steps=6000, batch=8, rate=1e-3, masks=False),
+    "second": Stage("train", side=256, steps=1500, batch=8, rate=5e-4),
+    "clicks": Stage("train", side=256, steps=800, batch=8, rate=1e-3, masks=False, clicks=4),
 }
 DETECTOR = (r"^vision/(trunk|detector_neck)/", r"^(text|geometry|fusion|decoder)/")
 DETECTOR += (r"^(scoring|segmentation)/",)
 
 
-def get_config(stage: str = "first", data: str = "data/shapes") -> TrainConfig:
+def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.dataset`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo has no stage {stage!r}: {', '.join(STAGES)}")
-    side, steps, batch, rate, masks, clicks = STAGES[stage]
+    folder, side, steps, batch, rate, recognition, masks, clicks = STAGES[stage]
     config = TrainConfig(output=f"runs/sam3_demo_{stage}", steps=steps, batch_size=batch)
     config.model = demo()
     names = list(STAGES)
     if stage != names[0]:
         config.init.checkpoint = f"runs/sam3_demo_{names[names.index(stage) - 1]}/model"
 
-    config.data.folder = f"{data}/train"
-    config.valid.annotations = f"{data}/valid/annotations.json"
+    config.data.folder = f"{data}/{folder}"
+    if folder != "close":  # the held-out pictures are whole ones
+        config.valid.annotations = f"{data}/valid/annotations.json"
     config.data.threads = 1
-    config.data.buckets = (32,)
+    config.data.buckets = (4,) if folder == "close" else (32,)
     example = config.data.example
     example.augment = plain(side)  # no flips (digits), no scales ("small" is a size in pixels)
     example.augment.brightness = example.augment.contrast = 0.2
     example.mask_size = side // 4  # the model's own
     example.sampling.phrases = 4
-    example.sampling.negatives = 0.3
-    example.sampling.max_targets = 32
+    example.sampling.negatives = 0.5 if folder == "close" else 0.3
+    example.sampling.max_targets = config.data.buckets[-1]
     example.sampling.visual = 0.2
     example.sampling.visual_phrases = f"^({'|'.join(COLORS)}) ({'|'.join(SHAPES)})$"
     example.sampling.boxes = 0.1
@@ -75,8 +79,7 @@ def get_config(stage: str = "first", data: str = "data/shapes") -> TrainConfig:
     loss.masks = masks
     loss.pad_queries = config.model.decoder.num_queries
     loss.mask_chunk = loss.max_pairs = 8
-    # Weaker classes and masks than in fine-tuning: nothing has to be recognised before it is found.
-    loss.class_weight = loss.presence_weight = 10.0
+    loss.class_weight = loss.presence_weight = recognition
     loss.box_weight, loss.giou_weight = 10.0, 5.0
     loss.mask_weight = 100.0
 

@@ -85,7 +85,7 @@ class DecoderConfig:
     mlp_dim: int = 2048
     dropout: float = 0.1
     num_queries: int = 200
-    spread_queries: bool = False  # fresh queries start with small boxes all over the picture
+    spread_queries: bool = False  # fresh queries have boxes all over the picture and look into them
     remat: bool = False
 
 

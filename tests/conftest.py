@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
@@ -27,6 +28,12 @@ os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by test processes side by side
 os.environ["SAM3_JAX_CACHE_DIR"] = "off"  # no compiled programs in the user's cache folder
+# One of the run's own instead, for all its processes: tests compile the same programs again and
+# again. Workers of pytest-xdist and what tests start inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="sam3_jax_test_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles have random weights: no download
 
 from collections.abc import Iterator  # noqa: E402

@@ -15,6 +15,7 @@ import pytest
 
 from parity import Model, assert_close, geometry, random_params
 from sam3_jax import config
+from sam3_jax.models.decoder import BoxBias, look_inside
 from sam3_jax.models.detector import Sam3, empty_geometry, init_shapes
 from sam3_jax.models.layers import DropPath
 
@@ -116,6 +117,26 @@ def test_queries_spread_over_the_picture():
     assert farthest < 1.1 * n**-0.5  # of a perfect grid: half of that
     by_chance = 1 / (1 + np.exp(-FreshValues()["decoder/reference_points/embedding"]))
     assert np.abs(by_chance[:, 2:] - 0.5).max() > 0.2
+
+
+def test_queries_look_into_their_boxes():
+    """Fresh ones: most of the attention that the bias asks for lies on or beside the box."""
+    demo = config.demo()
+    values, params = FreshValues(demo), {}
+    for axis in ("x", "y"):
+        for layer in ("layer_0", "layer_1"):
+            for name in ("kernel", "bias"):
+                found = jnp.asarray(values[f"decoder/box_bias/{axis}/{layer}/{name}"])
+                params.setdefault(axis, {}).setdefault(layer, {})[name] = found
+    boxes = np.array([[0.5, 0.5, 0.25, 0.25], [0.2, 0.7, 0.1, 0.3], [0.9, 0.1, 0.2, 0.2]])
+    module = BoxBias(demo.dim, demo.decoder.num_heads)
+    params = look_inside({"box_bias": params})["box_bias"]
+    bias = module.apply({"params": params}, jnp.asarray(boxes[None], jnp.float32), ((16, 16),))
+    weight = np.asarray(jax.nn.softmax(bias[0], axis=-1)).reshape(-1, 3, 16, 16)
+    cells = (np.arange(16) + 0.5) / 16
+    for number, (x, y, w, h) in enumerate(boxes):
+        near = (abs(cells - y) < h / 2 + 1 / 16)[:, None] & (abs(cells - x) < w / 2 + 1 / 16)
+        assert (weight[:, number][:, near].sum(-1) > 0.75).all()  # evenly: at most .15
 
 
 def test_dropout_follows_its_key(model, scene):

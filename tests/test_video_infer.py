@@ -233,6 +233,21 @@ def test_a_stopped_run_goes_on_with_the_next_video(run, movie, tmp_path, monkeyp
     assert 'phrases was ["cat"], is ["dog"]' in capsys.readouterr().err
 
 
+def test_shards_do_each_their_videos(run, movie, tmp_path, capsys):
+    others = [tmp_path / "other.mp4", tmp_path / "third.mp4"]
+    for path in others:
+        path.write_bytes(movie.read_bytes())
+    common = ("--input", movie, *others, *CAT, "--no-overlay")
+    done = []
+    for number, count in enumerate((2, 1)):
+        assert run(*common, "--shard", f"{number}/2") == 0
+        assert f"{count} of {count} videos, " in capsys.readouterr().out
+        done.append({path.name for path in (tmp_path / "out").glob("*_tracks.json")})
+    assert done[0] == {"clip_tracks.json", "third_tracks.json"}
+    assert done[1] == done[0] | {"other_tracks.json"}
+    assert tracks(tmp_path, "other")["annotations"] == tracks(tmp_path)["annotations"]
+
+
 def test_pictures_and_videos_each_their_own_way(tmp_path, movie, folder):
     PIL.Image.fromarray(clip()[0]).save(tmp_path / "photo.png")
     for name in ("old_overlay.mp4", "old_sheet.jpg", "old_overlay.png"):  # ours

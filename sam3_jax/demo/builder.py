@@ -27,6 +27,9 @@ from sam3_jax.demo.scene import make_scene
 
 SPLIT = "train"
 CHUNK = 16  # pictures that a process makes at a time
+# Things have the size that they have in whole pictures of 192 pixels. What a word means is told by
+# itself and against other words: a phrase of three, of which one is wrong, says little of each.
+CLOSE = SceneConfig(side=64, view=85, max_objects=3, positives=4, negatives=4, hard=0.3, words=0.75)
 
 
 @dataclasses.dataclass(eq=False)

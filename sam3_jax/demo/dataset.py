@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sam3_jax.data.records import AnnotationError
-from sam3_jax.demo.builder import ShapesConfig, write_train
+from sam3_jax.demo.builder import CLOSE, ShapesConfig, write_train
 from sam3_jax.demo.held_out import COUNTS, write_split
 from sam3_jax.demo.layout import SceneConfig
 from sam3_jax.demo.scene import SPLITS, make_scene
@@ -23,13 +23,15 @@ DESCRIPTION = """\
 Draws coloured shapes and handwritten digits on photographs, with phrases ("small red ring",
 "striped triangle", "seven"), exact masks, and phrases for what is not there.
 
-OUTPUT/train         training set (TFDS, array_record): train.py reads it
+OUTPUT/close         training set of close-ups of 64 pixels (TFDS, array_record), which shows what
+                     words mean a few objects at a time
+OUTPUT/train         training set of whole pictures
 OUTPUT/valid, test   held-out pictures and annotations.json: evaluate.py reads them; other
                      photographs, digits by other people, other objects
 OUTPUT/unseen        asks only for colours with shapes that training never shows together
 
-Takes some five minutes on two cores and 2 GB. What is already there is kept, so that an interrupted
-run can be started again.
+Takes some seven minutes on two cores and 2 GB. What is already there is kept, so that an
+interrupted run can be started again.
 """
 EPILOG = """\
 examples:
@@ -65,9 +67,13 @@ def _write(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for split in COUNTS:
         print(write_split(args.output / split, split))
-    if args.train:
-        config = ShapesConfig(name="demo", count=args.train, seed=args.seed, workers=args.workers)
-        print(write_train(args.output / "train", config))
+    close = 5 * args.train // 2 if args.close is None else args.close
+    for name, count, scene in (("close", close, CLOSE), ("train", args.train, SceneConfig())):
+        if count:
+            config = ShapesConfig(
+                name=name, count=count, seed=args.seed, scene=scene, workers=args.workers
+            )
+            print(write_train(args.output / name, config))
 
 
 def _sheet(args: argparse.Namespace) -> None:
@@ -91,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         "--train",
         type=parse_count,
         default=16000,
-        help="training pictures (default 16000)",
+        help="training pictures (default 16000; 0: no training sets)",
     )
-    add("--seed", type=parse_count, default=0, help="of the training set (default 0)")
+    add("--close", type=parse_count, help="close-ups (default: 2.5 times as many)")
+    add("--seed", type=parse_count, default=0, help="of the training sets (default 0)")
     add(
         "--workers",
         type=parse_positive,

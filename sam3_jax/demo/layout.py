@@ -38,10 +38,13 @@ PLACES = 30  # that are tried for an object before it is left out
 class SceneConfig:
     """Pictures of the demo. Lengths are those of a picture of 256 pixels and scale with ``side``.
 
-    The shares of pictures with no, few and many objects are fixed: see :func:`draw_count`.
+    A ``view`` below 256 is a close-up: the picture shows so many of these pixels, with ``side`` of
+    its own. The shares of pictures with no, few and many objects are fixed: see
+    :func:`draw_count`.
     """
 
     side: int = BASE_SIDE
+    view: int = BASE_SIDE
     max_objects: int = 30
     digits: float = 0.55  # share of the pictures with digits
     textured: float = 0.5  # share of the objects with a texture, where they can have one
@@ -51,6 +54,7 @@ class SceneConfig:
     positives: int = 6  # phrases of a picture
     negatives: int = 6
     hard: float = 0.7  # share of the negatives that differ in one word from what is there
+    words: float = 0.0  # share of the phrases that name one attribute alone
 
 
 def draw_count(config: SceneConfig, rng: np.random.Generator) -> int:
@@ -151,7 +155,7 @@ def _draw_object(
         sample=samples[int(rng.integers(len(samples)))],
         x=rng.random(),
         y=rng.random(),
-        diameter=(low + (high - low) * rng.random()) * config.side / BASE_SIDE,
+        diameter=(low + (high - low) * rng.random()) * config.side / config.view,
         rotation=tilt * (2 * rng.random() - 1),
     )
 
@@ -172,7 +176,7 @@ class _Canvas:
         whole = found.distance < 0
         total = int(whole.sum())
         share = config.visible_digit if obj.is_digit else config.visible
-        scale = (config.side / BASE_SIDE) ** 2
+        scale = (config.side / config.view) ** 2
         least = max(share * total, config.min_pixels * scale)
         for _ in range(PLACES):
             # Up to a third of its radius beyond the edge.

@@ -31,6 +31,13 @@ KINDS: dict[tuple[str, ...], float] = {
     ("size", "color", "shape"): 0.12,
     ("color",): 0.08,
 }
+# Of phrases that name one attribute alone.
+WORDS: dict[tuple[str, ...], float] = {
+    ("shape",): 0.4,
+    ("color",): 0.3,
+    ("texture",): 0.15,
+    ("size",): 0.15,
+}
 VALUES = {
     "size": tuple(SIZES),
     "color": tuple(COLORS),
@@ -77,6 +84,7 @@ def draw_queries(
     negatives: int,
     hard: float,
     rng: np.random.Generator,
+    words: float = 0.0,
 ) -> list[Query]:
     """Different queries without unseen pairs: first those with an answer, then those without.
 
@@ -89,19 +97,20 @@ def draw_queries(
       negatives: how many name nothing that is there.
       hard: of the negatives, the share that differs in one word from a positive.
       rng: chance.
+      words: share that names a single attribute, drawn from :data:`WORDS`.
     """
 
     def absent(query: Query) -> bool:
         return not query.answers(objects)
 
-    there = _fresh(lambda: _about(objects, rng), positives if objects else 0, lambda _: True)
+    there = _fresh(lambda: _about(objects, rng, words), positives if objects else 0, lambda _: True)
     near = _fresh(
         lambda: _near(_pick(there, rng), objects, rng),
         round(hard * negatives) if there else 0,
         absent,
     )
     far = _fresh(
-        lambda: _far(_pick(there, rng) if there else _example(rng), rng),
+        lambda: _far(_pick(there, rng) if there else _example(rng, words), rng),
         negatives - len(near),
         lambda query: absent(query) and query not in near,
     )
@@ -135,9 +144,9 @@ def unseen_queries(
     return there[:positives] + absent[:negatives]
 
 
-def _about(objects: Sequence[Object], rng: np.random.Generator) -> Query | None:
+def _about(objects: Sequence[Object], rng: np.random.Generator, words: float) -> Query | None:
     """Says something about one of the objects; None: there is no such thing to say."""
-    kind = _kind(rng)
+    kind = _kind(rng, words)
     if "texture" in kind:  # nobody says "plain"
         objects = [obj for obj in objects if obj.texture != PLAIN]
     if not objects:
@@ -162,12 +171,12 @@ def _far(query: Query, rng: np.random.Generator) -> Query:
     return Query(**{name: _pick(_alternatives(name, words[name]), rng) for name in words})
 
 
-def _example(rng: np.random.Generator) -> Query:
+def _example(rng: np.random.Generator, words: float) -> Query:
     """Any query, for a picture of nothing."""
-    words = {name: VALUES[name][0] for name in _kind(rng)}
-    if "shape" in words and "texture" not in words and rng.random() < EMPTY_DIGITS:
-        words["shape"] = DIGITS[0]
-    return Query(**words)
+    values = {name: VALUES[name][0] for name in _kind(rng, words)}
+    if "shape" in values and "texture" not in values and rng.random() < EMPTY_DIGITS:
+        values["shape"] = DIGITS[0]
+    return Query(**values)
 
 
 def _words(query: Query) -> dict[str, str]:
@@ -180,9 +189,10 @@ def _alternatives(name: str, value: str) -> list[str]:
     return [other for other in family if other != value]
 
 
-def _kind(rng: np.random.Generator) -> tuple[str, ...]:
-    total = np.cumsum(list(KINDS.values()))
-    return list(KINDS)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
+def _kind(rng: np.random.Generator, words: float) -> tuple[str, ...]:
+    kinds = WORDS if words and rng.random() < words else KINDS
+    total = np.cumsum(list(kinds.values()))
+    return list(kinds)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
 
 
 def _pick(items: Sequence, rng: np.random.Generator):

@@ -45,7 +45,9 @@ def queries_of(
     rng = _chance(split, index, seed, PHRASES)
     if split == "unseen":
         return unseen_queries(objects, config.positives // 2, config.negatives // 2, rng)
-    return draw_queries(objects, config.positives, config.negatives, config.hard, rng)
+    return draw_queries(
+        objects, config.positives, config.negatives, config.hard, rng, words=config.words
+    )
 
 
 def pixels_of(

@@ -71,6 +71,27 @@ def _spread_boxes(
     return inverse_sigmoid(jnp.concatenate([centres, sides], axis=1)).astype(dtype)
 
 
+def look_inside(params: dict, strength: float = 10.0) -> dict:
+    """Fresh parameters of a decoder whose queries look into their boxes, and hardly elsewhere.
+
+    From random values attention begins even: every query reads the same mean of the picture, and
+    for thousands of steps nothing tells them apart. Here two hidden units of each axis measure how
+    far a cell lies beyond either side, and take ``strength`` times that from the attention's
+    logits; a cell of a twelfth of the picture outside costs 2.5.
+    """
+    bias = {}
+    for axis, head in params["box_bias"].items():
+        first, last = head["layer_0"], head["layer_1"]
+        beyond = jnp.array([[-1.0, 0.0], [0.0, 1.0]])  # the sides are those of _log_distance
+        first = {
+            "kernel": first["kernel"].at[:, :2].set(beyond),
+            "bias": first["bias"].at[:2].set(0.0),
+        }
+        last = last | {"kernel": last["kernel"].at[:2].set(-strength)}
+        bias[axis] = {"layer_0": first, "layer_1": last}
+    return params | {"box_bias": bias}
+
+
 class DecoderLayer(nn.Module):
     """One post-norm layer. The presence token stands first in the query axis."""
 

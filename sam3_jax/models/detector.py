@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.config import ModelConfig
-from sam3_jax.models.decoder import Decoder
+from sam3_jax.models.decoder import Decoder, look_inside
 from sam3_jax.models.fusion import FusionEncoder
 from sam3_jax.models.geometry import GeometryEncoder
 from sam3_jax.models.neck import Neck
@@ -236,10 +236,17 @@ def empty_click(prompts: int, points: int, size: tuple[int, int]) -> ClickPrompt
 
 
 def init_params(config: ModelConfig, key: Array) -> dict:
-    """Fresh parameters of all parts, as upstream initialises them."""
+    """Fresh parameters of all parts, as upstream initialises them.
+
+    With ``config.decoder.spread_queries`` those of the decoder differ, see
+    :func:`sam3_jax.models.decoder.look_inside`.
+    """
     side = config.vision.patch_size * 2
     pixels, ids = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 4), jnp.int32)
-    return Sam3(config).init(key, pixels, ids, method="touch")["params"]
+    params = Sam3(config).init(key, pixels, ids, method="touch")["params"]
+    if config.decoder.spread_queries:
+        params = params | {"decoder": look_inside(params["decoder"])}
+    return params
 
 
 def untrained_mask_params(config: ModelConfig, key: Array) -> dict:
