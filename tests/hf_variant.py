@@ -10,6 +10,8 @@ holds it to transformers' own unpatched models:
 - LayerNorm eps of the ViT is 1e-6 (upstream 1e-5).
 - Clicks do not see the no-memory embedding: it is added to a level that is then dropped.
 - Logits of a click are not clamped to +-32 before they are handed back for refinement.
+
+What it does otherwise with videos is in ``hf_video``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt
 from sam3_jax.models.detector import Sam3
 from sam3_jax.models.geometry import GeometryEncoder
-from sam3_jax.types import GroundOutput
+from sam3_jax.tracking.masks import resize
+from sam3_jax.types import GroundOutput, Levels
 
 LAYER_NORM_EPS = 1e-6
 PRESENCE_CLAMP = 10.0
@@ -48,19 +51,39 @@ def _no_tokens_without_boxes(next_call, args: tuple, kwargs: dict, context: Any)
 
 
 class HfSam3(Sam3):
-    """Sam3 with transformers' rule of when there are geometry tokens."""
+    """Sam3 with transformers' rules of when there are geometry tokens, and of mask prompts."""
 
     def ground(self, *args: Any, **kwargs: Any) -> GroundOutput:
         with nn.intercept_methods(_no_tokens_without_boxes):
             return super().ground(*args, **kwargs)
 
+    def mask_pointer(self, levels: Levels, masks: jax.Array) -> jax.Array:
+        """Of masks (s, h, w) at the frame's size, 0..1: the pointer of the best of three masks."""
+        tracker, count, side = self.tracker, len(masks), levels[0].shape[1:3]
+        logits = resize(tracker.mask_downsample(masks[..., None])[..., 0], side, antialias=True)
+        prompt = tracker._no_points(count, side)
+        prompt = prompt._replace(mask_input=logits, has_mask=jnp.ones(count, bool))
+        spread = tuple(jnp.broadcast_to(level, (count, *level.shape[1:])) for level in levels)
+        output = tracker.heads(spread, prompt)
+        best = 1 + jnp.argmax(output.iou[:, 1:], axis=1)
+        token = jnp.take_along_axis(output.tokens, best[:, None, None], axis=1)[:, 0]
+        pointers = tracker.object_pointer(token, output.object_logits)
+        present = (masks > 0).any(axis=(1, 2))[:, None]
+        return jnp.where(present, pointers, tracker.no_object_pointer()[0])
 
-def hf_settings(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
-    """Parameters and configuration for :class:`HfSam3`; the arguments stay as they are."""
+
+def hf_config(config: ModelConfig) -> ModelConfig:
+    """A copy of a configuration, for :class:`HfSam3`."""
     config = copy.deepcopy(config)
     config.vision.layer_norm_eps = LAYER_NORM_EPS
+    return config
+
+
+def hf_settings(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+    """Both for :class:`HfSam3` on single images; the arguments stay as they are."""
     nothing = jax.tree.map(jnp.zeros_like, params["tracker"]["no_memory_embed"])
-    return params | {"tracker": params["tracker"] | {"no_memory_embed": nothing}}, config
+    params = params | {"tracker": params["tracker"] | {"no_memory_embed": nothing}}
+    return params, hf_config(config)
 
 
 class HfPredictor(ImagePredictor):

@@ -1,7 +1,8 @@
-"""Published figures of the released checkpoint, and the pictures they belong to.
+"""Published figures of the released checkpoint, and the pictures and the video they belong to.
 
-From the integration tests of Hugging Face transformers (tests/models/sam3 and
-tests/models/sam3_tracker in its repository), so of its variant of the model: see ``hf_variant``.
+From the integration tests of Hugging Face transformers (tests/models/sam3, sam3_tracker,
+sam3_tracker_video and sam3_video in its repository), so of its variant of the model: see
+``hf_variant`` and ``hf_video``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CAT, KITCHEN, TRUCK, GROCERIES, DOG = PICTURES = {
     "groceries.jpg": f"{_FIXTURES}/groceries.jpg",
     "dog-sam.png": f"{_DOCUMENTATION}/dog-sam.png",
 }
+(BEDROOM,) = VIDEOS = {"bedroom.mp4": f"{_FIXTURES}/bedroom.mp4"}
 
 
 class Concept(NamedTuple):
@@ -177,3 +179,136 @@ BOX_CLICKS = [  # picture, box, IoU, first logit of the single output
     (GROCERIES, [500, 170, 580, 350], 0.9785, -25.3085),
     (GROCERIES, [580, 170, 640, 350], 0.9755, -26.7339),
 ]
+
+
+class Followed(NamedTuple):
+    """A published object of :data:`BEDROOM`: mask logits at the video's size, 540 x 960 pixels."""
+
+    prompt: dict[str, list]  # on frame 0: points, labels, box
+    corner: np.ndarray  # first rows and columns on frame 0
+    later: np.ndarray  # (2, 2): first two rows of column 0 on frames 1 and 2
+
+
+def followed(prompt: dict[str, list], corner: list, later: list) -> Followed:
+    return Followed(prompt, np.array(corner), np.array(later))
+
+
+FOLLOWED = {
+    "point": followed(
+        {"points": [[210, 350]], "labels": [1]},
+        [
+            [-13.5762, -13.5762, -13.7167],
+            [-13.0870, -13.0870, -13.5405],
+            [-12.2173, -12.2173, -13.2273],
+        ],
+        [[-19.1203, -19.5488], [-19.9951, -20.5353]],
+    ),
+    "two points": followed(
+        {"points": [[210, 350], [250, 220]], "labels": [1, 1]},
+        [
+            [-11.9889, -11.9889, -12.2238],
+            [-11.6383, -11.6383, -12.0873],
+            [-11.0150, -11.0150, -11.8446],
+        ],
+        [[-20.4502, -20.6929], [-22.0344, -22.4522]],
+    ),
+    # Published beside an object of one point, which the padding of its prompt changed.
+    "three points": followed(
+        {"points": [[200, 300], [230, 250], [275, 175]], "labels": [1, 1, 0]},
+        [[-12.8567, -12.8567], [-13.0618, -13.0618]],
+        [[-22.5194, -22.7973], [-25.0871, -25.6355]],
+    ),
+    "box": followed(
+        {"box": [300, 0, 500, 400]},
+        [
+            [-17.2589, -17.2589, -17.5130],
+            [-17.2777, -17.2777, -17.9154],
+            [-17.3111, -17.3111, -18.6309],
+        ],
+        [[-17.8107, -18.1581], [-17.9432, -18.4637]],
+    ),
+    "other box": followed(
+        {"box": [400, 0, 600, 400]},
+        [[-8.5523, -8.5523], [-8.5103, -8.5103]],
+        [[-9.1150, -9.2327], [-10.9026, -11.0184]],
+    ),
+    "box and point": followed(
+        {"box": [300, 0, 500, 400], "points": [[460, 60]], "labels": [1]},
+        [
+            [-14.0206, -14.0206, -14.1225],
+            [-14.0568, -14.0568, -14.4570],
+            [-14.1212, -14.1212, -15.0516],
+        ],
+        [[-16.8155, -17.2954], [-16.2909, -16.8887]],
+    ),
+}
+# The mask that "two points" gives, as a mask prompt.
+MASK_FOLLOWED = followed({}, np.full((3, 3), -10.0), [[-21.3700, -21.7191], [-22.2242, -22.7148]])
+
+
+class PhraseFrame(NamedTuple):
+    """What is published of a frame of :data:`BEDROOM` when a phrase is followed."""
+
+    box: np.ndarray  # (4,) of object 0: its first and last pixels
+    corner: np.ndarray  # (3, 3) first rows and columns of its logits at low resolution
+
+
+class PhraseFigures(NamedTuple):
+    """What is published of "person": two objects, 0 and 1, on every frame."""
+
+    scores: np.ndarray  # (2,)
+    frames: dict[int, PhraseFrame]
+
+
+PERSON = {  # by the device on which transformers resized the frames
+    "cpu": PhraseFigures(
+        np.array([0.968648, 0.973611]),
+        {
+            0: PhraseFrame(
+                np.array([146, 135, 291, 404]),
+                np.array(
+                    [
+                        [-2.9523, -5.9463, -7.9912],
+                        [-6.9169, -10.0586, -11.1146],
+                        [-8.1956, -9.7876, -10.3927],
+                    ]
+                ),
+            ),
+            3: PhraseFrame(
+                np.array([157, 116, 295, 382]),
+                np.array(
+                    [
+                        [-23.0233, -27.0289, -22.2999],
+                        [-24.3732, -31.4284, -24.2688],
+                        [-24.5500, -32.6074, -26.5009],
+                    ]
+                ),
+            ),
+        },
+    ),
+    "cuda": PhraseFigures(  # of a stream
+        np.array([0.968394, 0.974018]),
+        {
+            0: PhraseFrame(
+                np.array([146, 135, 291, 404]),
+                np.array(
+                    [
+                        [-2.9876, -5.9449, -7.9739],
+                        [-7.0174, -10.0880, -11.0893],
+                        [-8.2745, -9.8515, -10.4289],
+                    ]
+                ),
+            ),
+            2: PhraseFrame(
+                np.array([154, 117, 294, 395]),
+                np.array(
+                    [
+                        [-23.9355, -27.9670, -23.5199],
+                        [-25.7424, -32.6505, -24.7121],
+                        [-25.2632, -33.8071, -27.4638],
+                    ]
+                ),
+            ),
+        },
+    ),
+}

@@ -17,7 +17,13 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
-from transformers import Sam3ImageProcessor, Sam3Model, Sam3TrackerModel, Sam3TrackerProcessor
+from transformers import (
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3TrackerModel,
+    Sam3TrackerProcessor,
+    Sam3VideoModel,
+)
 
 import tiny_predictor
 from hf_variant import (
@@ -84,12 +90,11 @@ def detector(folder):
     return model
 
 
-@pytest.fixture(scope="module")
-def tracker(video_model):
-    """Its weights by hand: transformers 5.23 does not find them in a saved ``Sam3VideoModel``."""
-    config = tiny_predictor.config()
-    config.vision.layer_norm_eps = LAYER_NORM_EPS
-    model = oracle.tracker(config)
+def adopt(model: torch.nn.Module, video_model: Sam3VideoModel) -> torch.nn.Module:
+    """Gives a tracker the weights that it has in the whole.
+
+    By hand: transformers 5.23 does not find them in a saved ``Sam3VideoModel``.
+    """
     parts = {
         "tracker_model.": "",
         "tracker_neck.": "vision_encoder.neck.",
@@ -103,6 +108,13 @@ def tracker(video_model):
     }
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model
+
+
+@pytest.fixture(scope="module")
+def tracker(video_model):
+    config = tiny_predictor.config()
+    config.vision.layer_norm_eps = LAYER_NORM_EPS
+    return adopt(oracle.tracker(config), video_model)
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,10 @@ its processors run) and maps 0..255 to -1..1, as ``sam3_jax.data`` does, to the 
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 from hf_variant import (
     ClickFigures,
@@ -37,6 +32,16 @@ from hf_variant import (
     hf_settings,
 )
 from parity import Model, geometry
+from real_checkpoint import (
+    FRACTIONS,
+    LOGITS,
+    MASK_LOGITS,
+    compare,
+    mask_iou,
+    real_checkpoint,
+    real_files,
+    skip_unless_given,
+)
 from real_figures import (
     BOX_CLICKS,
     CAT,
@@ -53,52 +58,27 @@ from real_figures import (
     Concept,
 )
 from sam3_jax import checkpoint
-from sam3_jax.convert.convert import convert
-from sam3_jax.convert.source import open_source
 from sam3_jax.data.images import to_model_input
 from sam3_jax.inference.image import ImagePredictor
-from sam3_jax.inference.postprocess import ClickResult, Detections
+from sam3_jax.inference.postprocess import ClickResult
 from sam3_jax.inference.programs import RawOutput
 from sam3_jax.inference.prompts import Prompt
 from sam3_jax.models.sam_heads import select_masks
 from sam3_jax.tokenizer import default_tokenizer
 from sam3_jax.types import ClickPrompt, Levels
 
-CHECKPOINT_VARIABLE, IMAGES_VARIABLE = "SAM3_JAX_REAL_CHECKPOINT", "SAM3_JAX_REAL_IMAGES"
-
-if not (os.environ.get(CHECKPOINT_VARIABLE) and os.environ.get(IMAGES_VARIABLE)):
-    pytest.skip(
-        f"needs the real weights: set {CHECKPOINT_VARIABLE} to sam3.pt, Hugging Face's folder or a "
-        f"converted one, and {IMAGES_VARIABLE} to a folder with {', '.join(PICTURES)} (addresses "
-        "in tests/real_figures.py)",
-        allow_module_level=True,
-    )
-
-# The figures have four decimals and transformers holds itself to 1e-4 + 1e-4 |x|. Another framework
-# adds in another order: 1e-4 of the spread of an output is allowed, taken as 10 for the logits of
-# queries, 50 for those of masks and 2 for the rest. A departure or a wrong wire costs percents.
-LOGITS, MASK_LOGITS, FRACTIONS = 1e-3, 5e-3, 2e-4
+skip_unless_given(PICTURES)
 
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, Image.Image]:
     """Decoded as transformers' tests do: RGB, not turned by EXIF."""
-    folder = Path(os.environ[IMAGES_VARIABLE])
-    missing = [f"{url} as {name}" for name, url in PICTURES.items() if not (folder / name).exists()]
-    if missing:
-        pytest.fail(f"{folder} lacks pictures; download " + ", ".join(missing), pytrace=False)
-    return {name: Image.open(folder / name).convert("RGB") for name in PICTURES}
+    return {name: Image.open(path).convert("RGB") for name, path in real_files(PICTURES).items()}
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> checkpoint.Loaded:
-    """Everything of the checkpoint, in float32."""
-    path = Path(os.environ[CHECKPOINT_VARIABLE])
-    if not checkpoint.is_checkpoint(path):
-        converted = tmp_path_factory.mktemp("real") / "checkpoint"
-        convert(open_source(str(path)), converted)
-        path = converted
-    return checkpoint.load(path)
+def loaded() -> checkpoint.Loaded:
+    return real_checkpoint()
 
 
 class Viewer:
@@ -229,28 +209,6 @@ def test_clicks_in_a_batch_of_images(batch_model, pictures):
     masks, iou = select_masks(out, batch_model.config.sam, multimask=True)
     for i, published in enumerate((TRUCK_POINT, DOG_FIGURES)):
         check_click(click_figures(np.asarray(iou[i]), np.asarray(masks[i])), published)
-
-
-class Agreement(NamedTuple):
-    """How two sets of as many detections differ, each with its best partner."""
-
-    mask_iou: np.ndarray
-    boxes: np.ndarray  # largest difference of a side, pixels
-    scores: np.ndarray
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, h, w) and (m, h, w) -> (n, m)."""
-    return np.array([[(x & y).sum() / max((x | y).sum(), 1) for y in b] for x in a])
-
-
-def compare(a: Detections, b: Detections) -> Agreement:
-    assert len(a.scores) == len(b.scores) > 0, (a.scores, b.scores)
-    overlap = mask_iou(a.masks, b.masks)
-    i, j = linear_sum_assignment(-overlap)
-    return Agreement(
-        overlap[i, j], np.abs(a.boxes[i] - b.boxes[j]).max(1), np.abs(a.scores[i] - b.scores[j])
-    )
 
 
 CAT_PROMPTS = [Prompt(c.text, c.boxes) for c in CONCEPTS.values() if c.picture == CAT]
