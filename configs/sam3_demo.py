@@ -1,18 +1,22 @@
 """Trains the demo's small SAM 3 from random values on drawn shapes and digits.
 
     python -m sam3_jax.demo.dataset data/shapes
-    python train.py --config=configs/sam3_demo.py:first --cpu_devices=2
-    python train.py --config=configs/sam3_demo.py:second --cpu_devices=2
-    python train.py --config=configs/sam3_demo.py:clicks --cpu_devices=2
+    python train.py --config=configs/sam3_demo.py:words --cpu_devices=2
+    ... and so on with :forms, :first, :second, :clicks
 
-Each stage begins with the model of the one before: ``first`` finds things by boxes and the
-semantic map, at 192 pixels; ``second`` learns their masks too, at 256; ``clicks`` trains the
-interactive head on the image model as it is. The losses are the released ones, of other weights.
-A fifth of the phrases that name a colour and a shape is replaced by a box around one of their
-objects, so that "the same colour and shape" is what a box alone means.
+Each stage begins with the model of the one before. ``words`` and ``forms`` look at close-ups of 64
+pixels with three objects at most: what words mean is learned there from four times as many phrases a
+second as from whole pictures, which for 700 steps taught nothing of it. ``first`` finds things in
+whole pictures of 192 pixels, ``second`` at 256 with their masks; ``clicks`` trains the interactive
+head on the image model as it is. The losses are the released ones, of other weights. A fifth of the
+phrases that name a colour and a shape is replaced by a box around one of their objects, so that
+"the same colour and shape" is what a box alone means.
 
-Hardware: two cores of a CPU and 4 GB; without ``--cpu_devices`` a GPU where there is one. No run
-has been finished yet, so there are no figures.
+Hardware: two cores of a CPU and 5 GB; without ``--cpu_devices`` a GPU where there is one. Two cores
+make 40 close-ups a second, or 10 pictures of 192 pixels. The later stages have not been run yet. Of
+held-out close-ups, how well presence tells phrases for what is there from others (area under the
+curve), after 3081 steps of ``words``, of which the first 643 with ``recognition=20``: colours .998,
+sizes .94, shapes .81, textures .66, digits .60.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import NamedTuple
 
 from sam3_jax.config import demo
 from sam3_jax.data.augment import plain
+from sam3_jax.demo.builder import CLOSE_UPS
 from sam3_jax.demo.objects import COLORS, SHAPES
 from sam3_jax.trainer.config import TrainConfig
 
@@ -39,7 +44,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "words": Stage("close", side=64, steps=2400, batch=32, rate=1e-3, recognition=100.0),
+    "words": Stage("words", side=64, steps=3000, batch=32, rate=1e-3, recognition=100.0),
+    "forms": Stage("forms", side=64, steps=6000, batch=32, rate=1e-3, recognition=100.0),
     "first": Stage("train", side=192, steps=6000, batch=8, rate=1e-3, masks=False),
     "second": Stage("train", side=256, steps=1500, batch=8, rate=5e-4),
     "clicks": Stage("train", side=256, steps=800, batch=8, rate=1e-3, masks=False, clicks=4),
@@ -60,16 +66,17 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         config.init.checkpoint = f"runs/sam3_demo_{names[names.index(stage) - 1]}/model"
 
     config.data.folder = f"{data}/{folder}"
-    if folder != "close":  # the held-out pictures are whole ones
+    near = folder in CLOSE_UPS
+    if not near:  # the held-out pictures are whole ones
         config.valid.annotations = f"{data}/valid/annotations.json"
     config.data.threads = 1
-    config.data.buckets = (4,) if folder == "close" else (32,)
+    config.data.buckets = (4,) if near else (32,)
     example = config.data.example
     example.augment = plain(side)  # no flips (digits), no scales ("small" is a size in pixels)
     example.augment.brightness = example.augment.contrast = 0.2
     example.mask_size = side // 4  # the model's own
     example.sampling.phrases = 4
-    example.sampling.negatives = 0.5 if folder == "close" else 0.3
+    example.sampling.negatives = 0.5 if near else 0.3
     example.sampling.max_targets = config.data.buckets[-1]
     example.sampling.visual = 0.2
     example.sampling.visual_phrases = f"^({'|'.join(COLORS)}) ({'|'.join(SHAPES)})$"

@@ -18,7 +18,7 @@ from sam3_jax.data.examples import ExampleConfig, draw_example
 from sam3_jax.data.records import AnnotationError
 from sam3_jax.data.source import open_split
 from sam3_jax.demo import backgrounds, dataset, held_out
-from sam3_jax.demo.builder import CLOSE, ShapesConfig, make_scenes, write_train
+from sam3_jax.demo.builder import CLOSE_UPS, ShapesConfig, make_scenes, write_train
 from sam3_jax.demo.digits import FIRST_HELD_OUT, digit_set, samples_of
 from sam3_jax.demo.layout import SceneConfig, draw_count
 from sam3_jax.demo.objects import COLORS, DIGITS, PLAIN, SHAPES, SIZES, TEXTURES, UNSEEN, Object
@@ -257,18 +257,30 @@ def test_numbers_of_objects(rng):
     assert max(draw_count(few, rng) for _ in range(200)) == 5
 
 
-def test_close_ups_show_a_few_objects_at_the_size_of_192_pixels():
+@pytest.mark.parametrize("name", CLOSE_UPS)
+def test_close_ups_show_a_few_objects_at_the_size_of_192_pixels(name):
+    close = CLOSE_UPS[name]
     near, whole = [], []
     for index in range(60):
-        objects = objects_of(CLOSE, "train", index)
+        objects = objects_of(close, "train", index)
         assert len(objects) <= 3
         near += [o.diameter for o in objects if o.size == "small" and not o.is_digit]
         whole += objects_of(CONFIG, "train", index)
     small = [o.diameter for o in whole if o.size == "small" and not o.is_digit]
     assert np.mean(near) == pytest.approx(np.mean(small) * 192 / 256, rel=0.05)
-    scene = make_scene(CLOSE, "train", 0)
+    scene = make_scene(close, "train", 0)
     assert scene.picture.size == (64, 64)
     assert len(scene.pairs) == 8
+
+
+def test_close_ups_ask_for_single_words():
+    scenes = [annotate(CLOSE_UPS["forms"], "train", index) for index in range(40)]
+    phrases = [pair.phrase for scene in scenes for pair in scene.pairs]
+    alone = [p for p in phrases if p in SHAPES + DIGITS]
+    textures = [p for p in phrases if p in {f"{t} object" for t in TEXTURES}]
+    assert 0.4 < len(alone) / len(phrases) < 0.75
+    assert 0.04 < len(textures) / len(phrases) < 0.2
+    assert not any(p in {f"{size} object" for size in SIZES} for p in phrases)
 
 
 def test_phrases_are_noun_phrases():
@@ -332,9 +344,13 @@ def test_command_writes_both_training_sets(tmp_path, monkeypatch):
     assert dataset.main([str(tmp_path), "--train", "2", "--workers", "1"]) == 0
     sizes = {
         name: [open_split(tmp_path / name, "train")[i].picture.size for i in range(count)]
-        for name, count in (("train", 2), ("close", 5))
+        for name, count in (("train", 2), ("words", 5), ("forms", 5))
     }
-    assert sizes == {"train": [(256, 256)] * 2, "close": [(64, 64)] * 5}
+    assert sizes == {
+        "train": [(256, 256)] * 2,
+        "words": [(64, 64)] * 5,
+        "forms": [(64, 64)] * 5,
+    }
 
 
 def test_command(tmp_path, capsys):

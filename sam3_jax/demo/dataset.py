@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sam3_jax.data.records import AnnotationError
-from sam3_jax.demo.builder import CLOSE, ShapesConfig, write_train
+from sam3_jax.demo.builder import CLOSE_UPS, ShapesConfig, write_train
 from sam3_jax.demo.held_out import COUNTS, write_split
 from sam3_jax.demo.layout import SceneConfig
 from sam3_jax.demo.scene import SPLITS, make_scene
@@ -23,14 +23,14 @@ DESCRIPTION = """\
 Draws coloured shapes and handwritten digits on photographs, with phrases ("small red ring",
 "striped triangle", "seven"), exact masks, and phrases for what is not there.
 
-OUTPUT/close         training set of close-ups of 64 pixels (TFDS, array_record), which shows what
-                     words mean a few objects at a time
+OUTPUT/words, forms  training sets of close-ups of 64 pixels (TFDS, array_record), which show what
+                     words mean a few objects at a time; forms: above all shapes and textures
 OUTPUT/train         training set of whole pictures
 OUTPUT/valid, test   held-out pictures and annotations.json: evaluate.py reads them; other
                      photographs, digits by other people, other objects
 OUTPUT/unseen        asks only for colours with shapes that training never shows together
 
-Takes some seven minutes on two cores and 2 GB. What is already there is kept, so that an
+Takes some nine minutes on two cores and 2 GB. What is already there is kept, so that an
 interrupted run can be started again.
 """
 EPILOG = """\
@@ -68,7 +68,9 @@ def _write(args: argparse.Namespace) -> None:
     for split in COUNTS:
         print(write_split(args.output / split, split))
     close = 5 * args.train // 2 if args.close is None else args.close
-    for name, count, scene in (("close", close, CLOSE), ("train", args.train, SceneConfig())):
+    sets = {name: (close, scene) for name, scene in CLOSE_UPS.items()}
+    sets["train"] = args.train, SceneConfig()
+    for name, (count, scene) in sets.items():
         if count:
             config = ShapesConfig(
                 name=name, count=count, seed=args.seed, scene=scene, workers=args.workers
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         default=16000,
         help="training pictures (default 16000; 0: no training sets)",
     )
-    add("--close", type=parse_count, help="close-ups (default: 2.5 times as many)")
+    add("--close", type=parse_count, help="close-ups of a set (default: 2.5 times as many)")
     add("--seed", type=parse_count, default=0, help="of the training sets (default 0)")
     add(
         "--workers",

@@ -54,7 +54,8 @@ class SceneConfig:
     positives: int = 6  # phrases of a picture
     negatives: int = 6
     hard: float = 0.7  # share of the negatives that differ in one word from what is there
-    words: float = 0.0  # share of the phrases that name one attribute alone
+    # Attributes, and the shares of the phrases that name nothing else.
+    words: tuple[tuple[str, float], ...] = ()
 
 
 def draw_count(config: SceneConfig, rng: np.random.Generator) -> int:

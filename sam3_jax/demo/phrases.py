@@ -31,13 +31,6 @@ KINDS: dict[tuple[str, ...], float] = {
     ("size", "color", "shape"): 0.12,
     ("color",): 0.08,
 }
-# Of phrases that name one attribute alone.
-WORDS: dict[tuple[str, ...], float] = {
-    ("shape",): 0.4,
-    ("color",): 0.3,
-    ("texture",): 0.15,
-    ("size",): 0.15,
-}
 VALUES = {
     "size": tuple(SIZES),
     "color": tuple(COLORS),
@@ -47,6 +40,9 @@ VALUES = {
 TRIES = 40  # draws for each phrase; a picture may have fewer different ones
 LIKELY = 0.75  # of the changed words are words for something else in the picture
 EMPTY_DIGITS = 0.2  # of the shapes that are asked about an empty picture
+
+
+Words = Sequence[tuple[str, float]]
 
 
 class Query(NamedTuple):
@@ -84,7 +80,7 @@ def draw_queries(
     negatives: int,
     hard: float,
     rng: np.random.Generator,
-    words: float = 0.0,
+    words: Words = (),
 ) -> list[Query]:
     """Different queries without unseen pairs: first those with an answer, then those without.
 
@@ -97,7 +93,7 @@ def draw_queries(
       negatives: how many name nothing that is there.
       hard: of the negatives, the share that differs in one word from a positive.
       rng: chance.
-      words: share that names a single attribute, drawn from :data:`WORDS`.
+      words: attributes and the shares of the phrases that name nothing else.
     """
 
     def absent(query: Query) -> bool:
@@ -144,7 +140,7 @@ def unseen_queries(
     return there[:positives] + absent[:negatives]
 
 
-def _about(objects: Sequence[Object], rng: np.random.Generator, words: float) -> Query | None:
+def _about(objects: Sequence[Object], rng: np.random.Generator, words: Words) -> Query | None:
     """Says something about one of the objects; None: there is no such thing to say."""
     kind = _kind(rng, words)
     if "texture" in kind:  # nobody says "plain"
@@ -171,7 +167,7 @@ def _far(query: Query, rng: np.random.Generator) -> Query:
     return Query(**{name: _pick(_alternatives(name, words[name]), rng) for name in words})
 
 
-def _example(rng: np.random.Generator, words: float) -> Query:
+def _example(rng: np.random.Generator, words: Words) -> Query:
     """Any query, for a picture of nothing."""
     values = {name: VALUES[name][0] for name in _kind(rng, words)}
     if "shape" in values and "texture" not in values and rng.random() < EMPTY_DIGITS:
@@ -189,8 +185,10 @@ def _alternatives(name: str, value: str) -> list[str]:
     return [other for other in family if other != value]
 
 
-def _kind(rng: np.random.Generator, words: float) -> tuple[str, ...]:
-    kinds = WORDS if words and rng.random() < words else KINDS
+def _kind(rng: np.random.Generator, words: Words) -> tuple[str, ...]:
+    kinds = KINDS
+    if words and rng.random() < sum(share for _, share in words):
+        kinds = {(name,): share for name, share in words}
     total = np.cumsum(list(kinds.values()))
     return list(kinds)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
 
