@@ -278,7 +278,8 @@ def test_close_ups_ask_for_single_words():
     phrases = [pair.phrase for scene in scenes for pair in scene.pairs]
     alone = [p for p in phrases if p in SHAPES + DIGITS]
     textures = [p for p in phrases if p in {f"{t} object" for t in TEXTURES}]
-    assert 0.4 < len(alone) / len(phrases) < 0.75
+    # Of .6 and .15 that are drawn, those of a picture that are there already are drawn anew.
+    assert 0.3 < len(alone) / len(phrases) < 0.6
     assert 0.04 < len(textures) / len(phrases) < 0.2
     assert not any(p in {f"{size} object" for size in SIZES} for p in phrases)
 
