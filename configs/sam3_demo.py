@@ -5,8 +5,8 @@
     ... and so on with :forms, :first, :second, :clicks
 
 Each stage begins with the model of the one before. ``words`` and ``forms`` look at close-ups of 64
-pixels with three objects at most: what words mean is learned there from four times as many phrases a
-second as from whole pictures, which for 700 steps taught nothing of it. ``first`` finds things in
+pixels with three objects at most: what words mean is learned there from four times as many phrases
+a second as from whole pictures, which for 700 steps taught nothing of it. ``first`` finds things in
 whole pictures of 192 pixels, ``second`` at 256 with their masks; ``clicks`` trains the interactive
 head on the image model as it is. The losses are the released ones, of other weights. A fifth of the
 phrases that name a colour and a shape is replaced by a box around one of their objects, so that
