@@ -75,7 +75,7 @@ def look_inside(params: dict, strength: float = 10.0) -> dict:
     """Fresh parameters of a decoder whose queries look into their boxes, and hardly elsewhere.
 
     From random values attention begins even: every query reads the same mean of the picture, and
-    for thousands of steps nothing tells them apart. Here two hidden units of each axis measure how
+    after hundreds of steps nothing tells them apart. Here two hidden units of each axis measure how
     far a cell lies beyond either side, and take ``strength`` times that from the attention's
     logits; a cell of a twelfth of the picture outside costs 2.5.
     """
