@@ -6,7 +6,7 @@ PYTHON ?= python3
 # PyPI's torch for Linux brings 3 GB of CUDA; the index that pytorch.org names for CPU does not.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-# Quick tests compile more than they compute: two at a time. Slow ones need the memory.
+# Tests compile more than they compute: two at a time, but for those that fill the memory.
 JOBS ?= 2
 
 # The one quick test of the released size: alone, and compiled with all optimisations.

@@ -17,13 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
-from transformers import (
-    Sam3ImageProcessor,
-    Sam3Model,
-    Sam3TrackerModel,
-    Sam3TrackerProcessor,
-    Sam3VideoModel,
-)
+from transformers import Sam3ImageProcessor, Sam3Model, Sam3TrackerModel, Sam3TrackerProcessor
 
 import tiny_predictor
 from hf_variant import (
@@ -90,31 +84,11 @@ def detector(folder):
     return model
 
 
-def adopt(model: torch.nn.Module, video_model: Sam3VideoModel) -> torch.nn.Module:
-    """Gives a tracker the weights that it has in the whole.
-
-    By hand: transformers 5.23 does not find them in a saved ``Sam3VideoModel``.
-    """
-    parts = {
-        "tracker_model.": "",
-        "tracker_neck.": "vision_encoder.neck.",
-        "detector_model.vision_encoder.backbone.": "vision_encoder.backbone.",
-    }
-    state = {
-        new + name.removeprefix(old): tensor
-        for name, tensor in video_model.state_dict().items()
-        for old, new in parts.items()
-        if name.startswith(old)
-    }
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
-    return model
-
-
 @pytest.fixture(scope="module")
 def tracker(video_model):
     config = tiny_predictor.config()
     config.vision.layer_norm_eps = LAYER_NORM_EPS
-    return adopt(oracle.tracker(config), video_model)
+    return oracle.adopt(oracle.tracker(config), video_model)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,6 @@ from sam3_jax.data.resize import resize_image
 from sam3_jax.tokenizer import default_tokenizer
 from sam3_jax.tracking.concepts.config import ConceptConfig
 from sam3_jax.video.config import VideoConfig
-from test_hf_variant import adopt
 from upstream_memory import Rules
 
 FRAMES, TRACKED = 6, 3  # of the clip; after frame 0
@@ -93,7 +92,7 @@ def model() -> Sam3VideoModel:
 
 @pytest.fixture(scope="module")
 def tracker(model) -> Sam3TrackerVideoModel:
-    return adopt(oracle.tracker_video(config()), model)
+    return oracle.adopt(oracle.tracker_video(config()), model)
 
 
 @pytest.fixture(scope="module")

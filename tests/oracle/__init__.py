@@ -69,10 +69,11 @@ from .detection import (
 from .geometry import add_point_prompts
 from .memory import run_memory_attention, run_memory_encoder, run_object_pointer
 from .roi import roi_align
-from .weights import randomize
+from .weights import adopt, randomize
 
 __all__ = [
     "add_point_prompts",
+    "adopt",
     "detect",
     "detector",
     "divide_and_conquer",

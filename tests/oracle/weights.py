@@ -14,6 +14,7 @@ import re
 import zlib
 
 import torch
+from transformers import Sam3VideoModel
 
 # How far above (or below) 1/sqrt(fan-in) a matrix is drawn; the first pattern found decides.
 _GAINS = tuple(
@@ -112,3 +113,23 @@ def tie_position_matrices(model: torch.nn.Module) -> None:
             module.shared_image_embedding.positional_embedding.copy_(
                 module.prompt_encoder.shared_embedding.positional_embedding
             )
+
+
+def adopt(model: torch.nn.Module, video_model: Sam3VideoModel) -> torch.nn.Module:
+    """Gives a tracker the weights that it has in the whole.
+
+    By hand: transformers 5.23 does not find them in a saved ``Sam3VideoModel``.
+    """
+    parts = {
+        "tracker_model.": "",
+        "tracker_neck.": "vision_encoder.neck.",
+        "detector_model.vision_encoder.backbone.": "vision_encoder.backbone.",
+    }
+    state = {
+        new + name.removeprefix(old): tensor
+        for name, tensor in video_model.state_dict().items()
+        for old, new in parts.items()
+        if name.startswith(old)
+    }
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model
