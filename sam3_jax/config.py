@@ -28,6 +28,7 @@ class VisionConfig:
     mlp_dim: int = 4736
     window_size: int = 24
     global_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    stem: tuple[int, ...] = ()  # widths of convolutions before the patches, each halves the picture
     pos_grid: int = 24  # side of the learned position table, tiled over larger grids
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5  # of the container that was converted; HF's files say 1e-6
@@ -201,12 +202,13 @@ def demo() -> ModelConfig:
         dim=64,
         vision=VisionConfig(
             patch_size=16,
+            stem=(16, 32, 96, 192),
             dim=128,
-            depth=6,
+            depth=4,
             num_heads=2,
             mlp_dim=384,
             window_size=4,
-            global_blocks=(1, 3, 5),
+            global_blocks=(1, 3),
             pos_grid=4,
             drop_path=0.0,
         ),

@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
 def test_mistakes_are_named(folder, tmp_path):
     config = config_of(folder, tmp_path / "run")
     config.task = "clips"
-    with pytest.raises(RunError, match="task='clips': choose one of pictures, tracker"):
+    with pytest.raises(RunError, match="task='clips': choose one of pictures, contrast, tracker"):
         task_of(config)
     config.task, config.train.annotations = "tracker", ""
     with pytest.raises(RunError, match="YouTube-VIS JSON"):

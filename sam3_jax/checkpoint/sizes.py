@@ -12,7 +12,6 @@ from sam3_jax.config import ModelConfig
 # Field of the configuration, a parameter (or a numbered module), and which of its axes has that
 # size (None: how many there are; for the hypernetworks one more).
 SIZES: tuple[tuple[str, str, int | None], ...] = (
-    ("vision.patch_size", "vision/trunk/patch_embed/kernel", 0),
     ("vision.dim", "vision/trunk/patch_embed/kernel", 3),
     ("vision.depth", "vision/trunk/block_", None),
     ("vision.num_heads", "vision/trunk/block_0/attn/q/kernel", 1),
@@ -55,7 +54,7 @@ SIZES: tuple[tuple[str, str, int | None], ...] = (
 
 def check_sizes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises where config.json is not about these parameters, naming every field that differs."""
-    problems = []
+    problems = _check_patches(config, shapes)
     for field, path, axis in SIZES:
         if axis is None:
             numbers = {n[len(path) :].split("/")[0] for n in shapes if n.startswith(path)}
@@ -73,3 +72,22 @@ def check_sizes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, 
             f"{folder / CONFIG}: does not fit the parameters beside it: {'; '.join(problems)}; "
             "restore the file or convert again"
         )
+
+
+def _check_patches(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Problems of ``vision.stem`` and ``vision.patch_size``: the stem halves before the patches."""
+    trunk = "vision/trunk"
+    if f"{trunk}/patch_embed/kernel" not in shapes:
+        return []
+    stem = []
+    while (kernel := f"{trunk}/stem_{len(stem)}/down/kernel") in shapes:
+        stem.append(shapes[kernel][-1])
+    problems = []
+    if tuple(stem) != config.vision.stem:
+        problems.append(f"vision.stem is {config.vision.stem}, the parameters have {tuple(stem)}")
+    patch = shapes[f"{trunk}/patch_embed/kernel"][0] * 2 ** len(stem)
+    if patch != config.vision.patch_size:
+        problems.append(
+            f"vision.patch_size is {config.vision.patch_size}, the parameters have {patch}"
+        )
+    return problems

@@ -48,13 +48,15 @@ class Layout(NamedTuple):
 
 
 def release_layout(config: ModelConfig) -> Layout:
-    """The names of ``sam3.pt``."""
+    """The names of ``sam3.pt``. Raises ConversionError for a model that PyTorch does not have."""
+    _check_patches(config)
     unused = [Unused(name, name) for name in unused_names(config)]
     return Layout(RELEASE, build_table(config), unused, {})
 
 
 def hf_layout(name: str, config: ModelConfig) -> Layout:
-    """The names of one of transformers' four classes."""
+    """The names of one of transformers' four classes. Raises as :func:`release_layout`."""
+    _check_patches(config)
     rename: Callable[[str], str]
     if name == "Sam3VideoModel":
         rename, parts = str, ("image", "tracker")
@@ -72,6 +74,14 @@ def hf_layout(name: str, config: ModelConfig) -> Layout:
         [item._replace(source=rename(item.source)) for item in unused],
         {rename(copy): rename(original) for copy, original in copies.items()},
     )
+
+
+def _check_patches(config: ModelConfig) -> None:
+    if config.vision.stem:
+        raise ConversionError(
+            f"this model has convolutions before its patches (vision.stem = {config.vision.stem}), "
+            "as the demo's has, and no SAM 3 of PyTorch does: there are no names for them"
+        )
 
 
 def unused_in_parts(stored: str, parts: Collection[str]) -> bool:

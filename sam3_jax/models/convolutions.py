@@ -114,3 +114,20 @@ class ConvNextBlock(nn.Module):
         y = Mlp(4 * self.dim, self.dim, gelu, dtype=self.dtype, name="mlp")(y)
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (self.dim,))
         return x + gamma * y
+
+
+class HalvingBlock(nn.Module):
+    """A map of half the size: a convolution of stride 2, and a residual one, each normalised.
+
+    Early convolutions let a ViT learn from far fewer pictures (arXiv:2106.14881).
+    """
+
+    dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        x = Conv(self.dim, 3, stride=2, pad=1, dtype=self.dtype, name="down")(x)
+        x = nn.relu(LayerNorm(dtype=self.dtype, name="down_norm")(x))
+        y = Conv(self.dim, 3, pad=1, dtype=self.dtype, name="conv")(x)
+        return x + nn.relu(LayerNorm(dtype=self.dtype, name="conv_norm")(y))

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from sam3_jax.config import VisionConfig
-from sam3_jax.models.convolutions import Conv
+from sam3_jax.models.convolutions import Conv, HalvingBlock
 from sam3_jax.models.layers import Attention, DropPath, LayerNorm, Mlp, gelu, shard_batch
 from sam3_jax.models.scan import scan_blocks, stack_blocks
 from sam3_jax.ops import windows
@@ -79,14 +79,13 @@ class VisionTransformer(nn.Module):
         size = pixels.shape[1:3]
         if size[0] % cfg.patch_size or size[1] % cfg.patch_size:
             raise ValueError(f"image sides {size} must be multiples of {cfg.patch_size} pixels")
-        x = Conv(
-            cfg.dim,
-            cfg.patch_size,
-            cfg.patch_size,
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embed",
-        )(pixels)
+        x = pixels
+        for i, width in enumerate(cfg.stem):
+            x = HalvingBlock(width, self.dtype, name=f"stem_{i}")(x)
+        patch, rest = divmod(cfg.patch_size, 2 ** len(cfg.stem))
+        if rest:
+            raise ValueError(f"patch_size {cfg.patch_size} cannot be halved {len(cfg.stem)} times")
+        x = Conv(cfg.dim, patch, patch, use_bias=False, dtype=self.dtype, name="patch_embed")(x)
         x = x.astype(jnp.float32) + self._tiled_positions(*x.shape[1:3])
         x = LayerNorm(cfg.layer_norm_eps, name="norm_pre")(x)
         x = shard_batch(x)

@@ -14,6 +14,7 @@ from sam3_jax.config import ModelConfig
 from sam3_jax.data.clips import ClipsConfig
 from sam3_jax.data.pipeline import DataConfig
 from sam3_jax.training.clicks import ClickConfig
+from sam3_jax.training.contrast import ContrastConfig
 from sam3_jax.training.lora import LoraConfig
 from sam3_jax.training.optimizer import OptimizerConfig
 from sam3_jax.training.step import StepConfig
@@ -94,15 +95,17 @@ class TrainConfig:
     """One run.
 
     ``task``: "pictures" trains the image model as ``loss`` and ``clicks`` say, on ``data.example``;
-    "tracker" the tracker as ``tracker`` says, on ``clips`` of videos. Then ``train.annotations`` is
-    a YouTube-VIS file or a folder in SA-V's layout, ``valid.annotations`` one in DAVIS' layout.
+    "contrast" teaches trunk and text encoder of a model from random values what phrases mean, on
+    the same data, as ``contrast`` says; "tracker" trains the tracker as ``tracker`` says, on
+    ``clips`` of videos. Then ``train.annotations`` is a YouTube-VIS file or a folder in SA-V's
+    layout, ``valid.annotations`` one in DAVIS' layout.
 
     ``model``: of a run from random values; a run from a checkpoint takes the sizes from there, and
     from here what belongs to training: dropout, drop path, remat, precision. The side of its images
     is that of ``data.example.augment.resolution`` (tracker: ``clips.resolution``).
     """
 
-    task: str = "pictures"  # or "tracker"
+    task: str = "pictures"  # or "contrast", "tracker"
     output: str = "runs/sam3"  # folder: settings, log, states, models, figures
     steps: int = 1000
     epochs: float = 0.0  # takes the place of steps: so many times through the pictures
@@ -116,6 +119,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     clicks: ClickConfig = field(default_factory=ClickConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     clips: ClipsConfig = field(default_factory=ClipsConfig)
     tracker: TrackerTrainingConfig = field(default_factory=TrackerTrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

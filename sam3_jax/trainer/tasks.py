@@ -1,6 +1,6 @@
-"""What a run can train: the image model on pictures, or the tracker on clips of videos.
+"""What a run can train: the image model on pictures, or what words mean, or the tracker on clips.
 
-Everything else of a run is the same for both: state, mesh, checkpoints, logs, how it resumes.
+Everything else of a run is the same for all: state, mesh, checkpoints, logs, how it resumes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.trainer.resolve import clip_data_config, data_config, flops_per_step
 from sam3_jax.trainer.start import RunError, prepare_data, written_data
 from sam3_jax.trainer.validation import Validation, Validator
+from sam3_jax.training.contrast import UNUSED, make_contrast_step
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.step import make_train_step, unused_parameters
 from sam3_jax.training.tracker_step import make_clip_step, unused_by_clips
 
-PICTURES, TRACKER = "pictures", "tracker"
+PICTURES, CONTRAST, TRACKER = "pictures", "contrast", "tracker"
 
 
 class Judge(Protocol):
@@ -62,7 +63,7 @@ def task_of(config: TrainConfig) -> Task:
     Raises:
       RunError: on another name.
     """
-    tasks = {PICTURES: _pictures, TRACKER: _tracker}
+    tasks = {PICTURES: _pictures, CONTRAST: _contrast, TRACKER: _tracker}
     if config.task not in tasks:
         raise RunError(f"task={config.task!r}: choose one of {', '.join(tasks)}")
     return tasks[config.task](config)
@@ -92,6 +93,22 @@ def _pictures(config: TrainConfig) -> Task:
             config.valid, config.validation, model, dtype=config.step.dtype, folder=output
         ),
         flops=flops_per_step,
+    )
+
+
+def _contrast(config: TrainConfig) -> Task:
+    """The pictures' task with another step."""
+    if not config.data.example.mask_size:
+        raise RunError("task=contrast finds objects by their masks: give data.example.mask_size")
+    return _pictures(config)._replace(
+        unused=UNUSED,
+        step=lambda model, optimizer: make_contrast_step(
+            model,
+            config.contrast,
+            optimizer,
+            dataclasses.replace(config.step, seed=config.step.seed + config.seed),
+        ),
+        flops=lambda config, data: None,
     )
 
 

@@ -46,8 +46,8 @@ class StepConfig:
 def unused_parameters(loss: LossConfig, clicks: ClickConfig) -> tuple[str, ...]:
     """Paths (patterns) that the losses do not reach, to be frozen; see ``optimizer.TRACKER``."""
     tracker = MEMORY if clicks.weight else TRACKER
-    if not (loss.masks or loss.semantic):
-        return (*tracker, r"^segmentation/")
+    if not (loss.masks or loss.semantic):  # they alone read the finer levels
+        return (*tracker, r"^segmentation/", r"^vision/detector_neck/level_[01]_")
     if not loss.masks:
         return (*tracker, r"^segmentation/(instance|mask_head)/")
     return tracker if loss.semantic else (*tracker, r"^segmentation/semantic/")

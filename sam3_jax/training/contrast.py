@@ -1,0 +1,146 @@
+"""Objects and the phrases that name them, by contrast: a start for trunk and text encoder.
+
+The released model's come from Perception Encoder, which learned them by contrast of pictures with
+captions (arXiv:2504.13181; paper section 3, "Detector architecture"). A model that starts from
+random values needs something in their place: what a phrase is about is learned here from many times
+as many pictures a second as by the whole detector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from sam3_jax.config import ModelConfig
+from sam3_jax.models.detector import Sam3
+from sam3_jax.sharding import constrain_batch
+from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
+from sam3_jax.training.optimizer import Optimizer
+from sam3_jax.training.state import TrainState, assemble, trainable
+from sam3_jax.training.step import Step, StepConfig
+from sam3_jax.training.targets import Targets
+from sam3_jax.training.update import Metrics, check_reached, learn
+from sam3_jax.types import TextFeatures
+
+# All but the trunk, the neck's level that prompts are read against, and the text encoder.
+UNUSED = (r"^(?!vision/trunk/|vision/detector_neck/level_2_|text/)",)
+
+
+@dataclass
+class ContrastConfig:
+    """Constants of :func:`contrast_loss`."""
+
+    temperature: float = 0.1  # the cosines are divided by
+
+
+def contrast_loss(
+    maps: Float[Array, "b h w d"],
+    text: TextFeatures,
+    tokens: Int[Array, "p t"],
+    targets: Targets,
+    config: ContrastConfig,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Cross entropy of which of the batch's phrases an object was named by (InfoNCE).
+
+    An object is the mean of its image's map under its mask, a phrase the mean of its tokens; both
+    are compared by their cosine. A phrase that the batch has several times counts once.
+
+    Args:
+      maps: of the B images, whose P prompts follow each other image by image.
+      tokens: ids of the phrases, zero padded.
+
+    Returns:
+      The mean over all objects of all phrases, and the metrics ``contrast`` (the same) and
+      ``named``: the share whose own phrase came first.
+    """
+    objects, seen = pool_objects(maps, targets)
+    phrases = _mean(text.tokens, text.mask)
+    cosine = jnp.einsum("pnd,qd->pnq", _unit(objects), _unit(phrases))
+    same = (tokens[:, None] == tokens[None]).all(-1)
+    own = jnp.eye(len(tokens), dtype=bool)
+    rivals = ~same & targets.prompt_valid[None]
+    logits = jnp.where((own | rivals)[:, None], cosine / config.temperature, -jnp.inf)
+    labels = jnp.broadcast_to(jnp.arange(len(tokens))[:, None], logits.shape[:2])
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    counted = (seen & targets.valid & targets.prompt_valid[:, None]).astype(jnp.float32)
+    count = jnp.maximum(counted.sum(), 1.0)
+    loss = (counted * entropy).sum() / count
+    named = (counted * (logits.argmax(-1) == labels)).sum() / count
+    return loss, {"contrast": loss, "named": named}
+
+
+def pool_objects(
+    maps: Float[Array, "b h w d"], targets: Targets
+) -> tuple[Float[Array, "p n d"], Bool[Array, "p n"]]:
+    """Means of the maps under the targets' masks, and whether there is anything under them."""
+    prompts, count = targets.masks.shape[:2]
+    images, height, width, dim = maps.shape
+    cover = jax.image.resize(
+        targets.masks.astype(jnp.float32), (prompts, count, height, width), "linear"
+    )
+    area = cover.sum((2, 3))
+    cover = cover.reshape(images, -1, height, width)
+    sums = jnp.einsum("bmhw,bhwd->bmd", cover, maps.astype(jnp.float32))
+    means = sums.reshape(prompts, count, dim) / jnp.maximum(area, 1e-6)[..., None]
+    return means, area > 0
+
+
+def _mean(x: Shaped[Array, "p t d"], mask: Bool[Array, "p t"]) -> Float[Array, "p d"]:
+    weight = mask.astype(jnp.float32)[..., None]
+    return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+
+
+def _unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def make_contrast_step(
+    model: ModelConfig, contrast: ContrastConfig, optimizer: Optimizer, config: StepConfig
+) -> Step:
+    """The jitted step: (state, batch) -> (state, metrics); see ``make_train_step``.
+
+    Raises:
+      ValueError: at the first call, where parameters would train that the loss does not reach,
+        where the state has LoRA, or where the batch has no masks.
+    """
+
+    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        if state.lora is not None:
+            raise ValueError("contrast starts a model from random values: it has no use for LoRA")
+        if not batch.targets.masks.size:
+            raise ValueError("contrast finds objects by their masks: give data.example.mask_size")
+        batch = constrain_batch(batch)
+        train, frozen = trainable(state, optimizer)
+        check_reached(train, UNUSED)
+
+        def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+            prompts_per_image(batch)
+            module = Sam3(model, jnp.dtype(config.dtype))
+
+            def run(module: Sam3) -> tuple[Array, TextFeatures]:
+                pixels = normalize(batch.images)
+                image = module.encode_image(pixels, tracker=False, deterministic=False)
+                return image.detector[-1], module.encode_text(batch.tokens)
+
+            maps, text = module.apply(
+                {"params": assemble(train, frozen, lora=False, alpha=0.0)},
+                rngs={"dropout": key},
+                method=run,
+            )
+            return contrast_loss(maps, text, batch.tokens, batch.targets, contrast)
+
+        return learn(
+            state,
+            batch,
+            losses,
+            micro_batches,
+            optimizer,
+            seed=config.seed,
+            accumulate=config.accumulate,
+        )
+
+    return jax.jit(step, donate_argnums=0)
