@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from sam3_jax.ops import convolution
 from sam3_jax.ops.convolution import conv2d
 from sam3_jax.sharding import batch_sharding, make_mesh
 
@@ -39,6 +42,26 @@ def test_value_and_gradients(size: int, stride: int, pad: int, groups: int, out:
         (dkernel, weight.grad.numpy().transpose(2, 3, 1, 0)),
     ]:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("places", [1, 130, 200, 1000])
+def test_kernel_gradient_by_groups_of_images(places, monkeypatch):
+    """Of six images of 64 places, so many at once as fit and divide them: 1, 2, 3, all."""
+    monkeypatch.setattr(convolution, "PLACES", places)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((6, 8, 8, c)), jnp.float32) for c in (3, 5))
+    kernel = jnp.zeros((3, 3, 3, 5))
+
+    def gradient(conv: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jax.vjp(conv, kernel)[1](dy)[0]
+
+    expected = gradient(
+        lambda kernel: jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )
+    found = gradient(lambda kernel: conv2d(x, kernel, 1, 1))
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # another order of summing
 
 
 @pytest.mark.parametrize(("images", "split"), [(8, True), (6, True), (5, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from skimage import data
@@ -110,6 +111,20 @@ def test_small_masks():
     assert box_of_mask(mask).tolist() == [5, 3, 6, 4]
     assert not resize_mask(mask, (8, 8)).any()  # 1 of 64 pixels covered
     assert resize_mask(mask, (64, 64)) is mask
+
+
+@pytest.mark.parametrize("size", [(256, 256), (300, 211), (17, 240), (1, 3)])
+@pytest.mark.parametrize("target", [(48, 48), (192, 256), (400, 30), (101, 7)])
+def test_masks_are_resized_around_what_is_in_them(size, target, rng):
+    """As the whole picture would be, but for pixels on the threshold, which rounding turns."""
+    for _ in range(20):
+        mask = np.zeros(size, bool)
+        (y0, y1), (x0, x1) = (sorted(rng.integers(0, n + 1, 2)) for n in size)
+        mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < rng.random()
+        picture = PIL.Image.fromarray(mask.astype(np.uint8) * 255)
+        whole = np.asarray(picture.resize(target[::-1], PIL.Image.Resampling.BILINEAR))
+        differs = resize_mask(mask, target) != (whole >= 128)
+        assert np.abs(whole[differs].astype(int) - 128).max(initial=0) <= 1
 
 
 def test_released_recipe(rng):

@@ -128,7 +128,8 @@ def example_of(
     phrases = [candidate.phrase for candidate in chosen]
     sizes = [scene.picture.size for scene in scenes]
     placements = draw_placements(sizes, grid, phrases, augment, rng)
-    found = [_targets(c, placements, config) for c in chosen]
+    known: dict[tuple, _Target | str] = {}
+    found = [_targets(c, placements, config, known) for c in chosen]
     kept = [(c, t) for c, t in zip(chosen, found, strict=True) if t is not None]
     if not kept:
         return None
@@ -146,16 +147,23 @@ def example_of(
 
 
 def _targets(
-    candidate: Candidate, placements: Sequence[Placement], config: ExampleConfig
+    candidate: Candidate,
+    placements: Sequence[Placement],
+    config: ExampleConfig,
+    known: dict[tuple, _Target | str],
 ) -> list[_Target] | None:
     """What of a candidate is on the canvas; None where the answer is not known any more.
 
     That is so when nothing is left although not everything was cropped away: too small to see,
-    hidden in a crowd, or not annotated.
+    hidden in a crowd, or not annotated. Several phrases may mean the same object: ``known`` keeps
+    what was found out.
     """
     placed, lost = [], not candidate.exhaustive
     for number, instance in candidate.targets:
-        target = _target(instance, number, placements[number], config)
+        key = (number, instance.box, instance.rle and bytes(instance.rle["counts"]))
+        if key not in known:
+            known[key] = _target(instance, number, placements[number], config)
+        target = known[key]
         if isinstance(target, _Target):
             placed.append(target)
         lost = lost or target == "small"

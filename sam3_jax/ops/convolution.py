@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from sam3_jax.ops.attention import BATCH_AXES
 
 Precision = lax.Precision | None
+PLACES = 2048  # of a gradient's maps that are worked on at a time, in whole images
 UNROLLED = 16  # elements of a kernel whose gradients are written out; more compile for too long
 
 
@@ -63,8 +64,8 @@ def _backward(
         return jax.vjp(conv, kernel)[1](dy)[0]
 
     def by_products(x: Array, kernel: Array, dy: Array) -> Array:
-        product = "hwc,hwc->c" if depthwise else "hwc,hwd->cd"
-        return _kernel_gradient(x, kernel, dy, stride, pad, precision, product)
+        gradient = _depthwise_gradient if depthwise else _kernel_gradient
+        return gradient(x, kernel, dy, stride, pad, precision)
 
     conv = functools.partial(
         _conv, kernel=kernel, stride=stride, pad=pad, groups=groups, precision=precision
@@ -108,15 +109,37 @@ def _on_each_device(gradient: Callable, images: int) -> Callable:
 
 
 def _kernel_gradient(
-    x: Array,
-    kernel: Array,
-    dy: Array,
-    stride: int,
-    pad: int,
-    precision: Precision,
-    product: str,
+    x: Array, kernel: Array, dy: Array, stride: int, pad: int, precision: Precision
 ) -> Array:
-    """A product of matrices, or of maps channel by channel, for each element of the kernel.
+    """A product of matrices for each row of the kernel, whose columns lie side by side.
+
+    A few images at a time, to stay in the cache.
+    """
+    height, width, channels, features = kernel.shape
+    rows, columns = (stride * (n - 1) + 1 for n in dy.shape[1:3])
+    at_once = max(1, PLACES // (dy.shape[1] * dy.shape[2]))
+    at_once = max(n for n in range(1, at_once + 1) if len(x) % n == 0)
+
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        x, dy = pair
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        x = jnp.concatenate([x[:, :, j : j + columns : stride] for j in range(width)], axis=-1)
+        seen = [x[:, i : i + rows : stride].reshape(-1, width * channels) for i in range(height)]
+        product = functools.partial(
+            jnp.dot, precision=precision, preferred_element_type=jnp.float32
+        )
+        return total + jnp.stack([product(s.T, dy.reshape(-1, features)) for s in seen]), None
+
+    total = jnp.zeros((height, width * channels, features), jnp.float32)
+    groups = (y.reshape(-1, at_once, *y.shape[1:]) for y in (x, dy))
+    total, _ = lax.scan(add, total, tuple(groups))
+    return total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _depthwise_gradient(
+    x: Array, kernel: Array, dy: Array, stride: int, pad: int, precision: Precision
+) -> Array:
+    """A product of maps, channel by channel, for each element of the kernel.
 
     One image at a time, to stay in the cache.
     """
@@ -126,7 +149,7 @@ def _kernel_gradient(
     def part(x: Array, dy: Array, row: Array | int, column: Array | int) -> Array:
         seen = lax.dynamic_slice(x, (row, column, 0), (rows, columns, x.shape[2]))
         return jnp.einsum(
-            product,
+            "hwc,hwc->c",
             seen[::stride, ::stride],
             dy,
             precision=precision,
