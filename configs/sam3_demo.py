@@ -59,8 +59,8 @@ LEARNS = {
     ),
 }
 STAGES = {
-    "words": Stage("words", side=64, steps=4000, batch=64, learns="meanings"),
-    "scenes": Stage("train", side=192, steps=4000, batch=16, learns="meanings", phrases=8),
+    "words": Stage("words", side=64, steps=3000, batch=64, learns="meanings"),
+    "scenes": Stage("train", side=192, steps=3500, batch=16, learns="meanings", phrases=8),
     "first": Stage("train", side=192, steps=2000, batch=16, learns="boxes"),
     "second": Stage("train", side=256, steps=1500, batch=8, learns="masks"),
     "clicks": Stage("train", side=256, steps=800, batch=8, learns="clicks", phrases=1),

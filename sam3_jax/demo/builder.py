@@ -29,14 +29,17 @@ SPLIT = "train"
 CHUNK = 16  # pictures that a process makes at a time
 # Things have the size that they have in whole pictures of 192 pixels. What a word means is told by
 # itself and against other words: a phrase of three, of which one is wrong, says little of each.
-_NEAR = SceneConfig(side=64, view=85, max_objects=3, positives=4, negatives=4, hard=0.3)
-# Colours and sizes are learned soon, shapes and textures take most of the time.
 CLOSE_UPS = {
-    "words": dataclasses.replace(
-        _NEAR,
+    "words": SceneConfig(
+        side=64,
+        view=85,
+        max_objects=3,
+        positives=4,
+        negatives=4,
+        hard=0.3,
+        # Colours and sizes are learned soon, shapes and textures take most of the time.
         words=(("shape", 0.3), ("color", 0.225), ("texture", 0.1125), ("size", 0.1125)),
     ),
-    "forms": dataclasses.replace(_NEAR, digits=0.8, words=(("shape", 0.6), ("texture", 0.15))),
 }
 
 

@@ -23,12 +23,12 @@ DESCRIPTION = """\
 Draws coloured shapes and handwritten digits on photographs, with phrases ("small red ring",
 "striped triangle", "seven"), exact masks, and phrases for what is not there.
 
-OUTPUT/words, forms  training sets of close-ups of 64 pixels (TFDS, array_record), which show what
-                     words mean a few objects at a time; forms: above all shapes and textures
-OUTPUT/train         training set of whole pictures
-OUTPUT/valid, test   held-out pictures and annotations.json: evaluate.py reads them; other
-                     photographs, digits by other people, other objects
-OUTPUT/unseen        asks only for colours with shapes that training never shows together
+OUTPUT/words        training set of close-ups of 64 pixels (TFDS, array_record), which shows what
+                    words mean a few objects at a time
+OUTPUT/train        training set of whole pictures
+OUTPUT/valid, test  held-out pictures and annotations.json: evaluate.py reads them; other
+                    photographs, digits by other people, other objects
+OUTPUT/unseen       asks only for colours with shapes that training never shows together
 
 Takes some nine minutes on two cores and 2 GB. What is already there is kept, so that an
 interrupted run can be started again.
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         default=16000,
         help="training pictures (default 16000; 0: no training sets)",
     )
-    add("--close", type=parse_count, help="close-ups of a set (default: 2.5 times as many)")
+    add("--close", type=parse_count, help="close-ups (default: 2.5 times as many)")
     add("--seed", type=parse_count, default=0, help="of the training sets (default 0)")
     add(
         "--workers",
