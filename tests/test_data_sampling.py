@@ -254,3 +254,18 @@ def test_an_example_hangs_on_the_generator_alone(coco):
     assert [p.phrase for p in a.prompts] == [p.phrase for p in b.prompts]
     for p, q in zip(a.prompts, b.prompts, strict=True):
         np.testing.assert_array_equal(p.exemplars, q.exemplars)
+
+
+def test_where_a_picture_is_grey_no_phrase_names_a_colour(coco, rng):
+    config = config_of(phrases=8)
+    config.augment.gray = 1.0
+    for index in range(len(coco)):
+        example = draw_example(coco, index, config, rng)
+        asked = names(candidates([coco[index]], coco.vocabulary, 200)[0])
+        is_grey = (example.image == example.image[..., :1]).all()
+        assert is_grey == (asked != {"red car"})  # of a picture of nothing else the colours stay
+        if is_grey:
+            assert not any(prompt.phrase == "red car" for prompt in example.prompts)
+    config.augment.gray = 0.0
+    examples = [draw_example(coco, index, config, rng) for index in range(len(coco))]
+    assert any(prompt.phrase == "red car" for e in examples for prompt in e.prompts)

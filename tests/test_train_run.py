@@ -230,7 +230,6 @@ def test_the_configurations_in_the_repository():
         ("sam3_tpu", ("stage2", "stage3")),
         ("sam3_gpu", (None,)),
         ("sam3_demo", ("words", "scenes", "first", "second", "clicks")),
-        ("sam3_demo_finetune", (None,)),
         ("sam3_tracker", ("clips", "long")),
         ("sam3_demo_tracker", (None,)),
     ):

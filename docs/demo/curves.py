@@ -33,7 +33,9 @@ def take(stage: str, run: Path) -> None:
             part = entries[start : start + size]
             row = {name: part[-1][name] for name in names if name in part[-1]}
             for name in row.keys() & {"step_s", "loss", "grad_norm", *STAGES[stage]}:
-                row[name] = float(f"{sum(entry[name] for entry in part) / len(part):.4g}")
+                # No step time is known of a line that only compiled, after a resume.
+                known = [entry[name] for entry in part if entry[name] is not None]
+                row[name] = float(f"{sum(known) / len(known):.4g}") if known else None
             file.write(json.dumps(row) + "\n")
 
 

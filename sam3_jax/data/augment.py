@@ -6,7 +6,8 @@ with black at random to 1008. :func:`paper` adds what the paper names: horizonta
 up to 3 x 3 pictures, changes of colour; and crops.
 
 A phrase limits what may be done to its picture: one with "left" or "right" is not mirrored, cut or
-put into a mosaic, one that names a colour keeps its hue.
+put into a mosaic, one that names a colour keeps its hue. Where a picture loses its colours
+(``gray``), phrases that name one are not asked.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class AugmentConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0  # share of the colour circle, to both sides
+    gray: float = 0.0  # share of the pictures without colours, of which no phrase names one
 
 
 def released(resolution: int = 1008) -> AugmentConfig:
@@ -65,6 +67,11 @@ def paper(resolution: int = 1008) -> AugmentConfig:
 def plain(resolution: int = 1008) -> AugmentConfig:
     """No change: the whole picture on the whole canvas, as in inference."""
     return AugmentConfig(resolution, min_side=resolution, max_side=resolution, side_step=1)
+
+
+def names_color(phrase: str) -> bool:
+    """Whether a phrase speaks of a colour."""
+    return bool(_COLORS.search(phrase))
 
 
 def is_sided(phrases: Iterable[str]) -> bool:
@@ -136,8 +143,13 @@ def jitter_colors(
         if strength:
             picture = enhance(picture).enhance(factor)
     turn = round(255 * rng.uniform(-config.hue, config.hue))
-    if turn and not any(_COLORS.search(phrase) for phrase in phrases):
+    if turn and not any(map(names_color, phrases)):
         hsv = np.array(picture.convert("HSV"))
         hsv[..., 0] = (hsv[..., 0].astype(np.int16) + turn) % 256
         picture = Image.fromarray(hsv, "HSV").convert("RGB")
     return np.asarray(picture)
+
+
+def remove_colors(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in shades of grey."""
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))

@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 from pycocotools import mask as coco_mask
 
-from sam3_jax.data.augment import AugmentConfig, draw_grid, draw_placements, jitter_colors
+from sam3_jax.data.augment import (
+    AugmentConfig,
+    draw_grid,
+    draw_placements,
+    jitter_colors,
+    names_color,
+    remove_colors,
+)
 from sam3_jax.data.clicks import first_click
 from sam3_jax.data.pictures import decode_as_annotated
 from sam3_jax.data.placement import (
@@ -122,6 +129,10 @@ def example_of(
     """An example of given pictures, row by row; None where they leave nothing to ask."""
     sampling, augment = config.sampling, config.augment
     positive, negative = candidates(scenes, source.vocabulary, sampling.max_targets)
+    colorless = [c for c in positive if not names_color(c.phrase)]
+    gray = bool(augment.gray and rng.random() < augment.gray and colorless)
+    if gray:
+        positive, negative = colorless, [c for c in negative if not names_color(c.phrase)]
     chosen = choose(positive, negative, source.vocabulary, sampling, rng)
     if not chosen:
         return None
@@ -142,6 +153,7 @@ def example_of(
         name = scene.picture.file_name
         place_image(image, decode_as_annotated(scene.data, name, scene.picture.size), placement)
     image = jitter_colors(image, phrases, augment, rng)
+    image = remove_colors(image) if gray else image
     clicks = _clicks([t for _, own in kept for t in own], config, rng)
     return Example(image, tuple(prompts), clicks, tuple(s.picture.file_name for s in scenes))
 
