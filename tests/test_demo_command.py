@@ -38,7 +38,7 @@ def pictures():
 def run_model(tmp_path_factory) -> Path:
     """A model as a training run leaves it, with the run's settings."""
     folder = tmp_path_factory.mktemp("run")
-    metadata = {"source": "random values", "step": 40, "run": "/home/somebody/run"}
+    metadata = {"source": "trained from /home/somebody/other/model", "step": 40, "run": "/home/somebody/run"}
     checkpoint.save(
         folder / "model", tiny_predictor.params(), tiny_predictor.config(), metadata=metadata
     )
@@ -226,7 +226,7 @@ def test_bundled_weights_are_the_models_in_half_precision(bundled, run_model, tm
     loaded, source = checkpoint.load(weights.weights_path()), checkpoint.load(run_model)
     assert loaded.config == source.config
     assert loaded.metadata == {
-        "source": "random values",
+        "source": "trained from model",
         "step": 40,
         "seed": 3,
         "steps": 50,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from sam3_jax.demo.weights import FOLDER
 
 DTYPE = np.float16
 MOST = 20_000_000  # bytes that the package may ship
-KEPT = ("source", "step")  # of the model's metadata: the rest names folders
+KEPT = ("source", "step")  # of the model's metadata: the rest names folders; the source's are cut
 RUN_SETTINGS = "config.json"  # of a run, beside its model
 COMMIT = Path("params/commit_success.txt")  # Orbax's, whose text names the folder it wrote to
 
@@ -46,6 +47,8 @@ def bundle(
     """
     loaded = checkpoint.load(model, parts=list(parts) or None)
     metadata = {key: loaded.metadata[key] for key in KEPT if key in loaded.metadata}
+    if "source" in metadata:
+        metadata["source"] = re.sub(r"\S*/(?=\S)", "", metadata["source"])
     metadata |= _settings(model)
     if figures is not None:
         measured = json.loads(figures.read_text(encoding="utf-8"))
