@@ -38,7 +38,8 @@ def pictures():
 def run_model(tmp_path_factory) -> Path:
     """A model as a training run leaves it, with the run's settings."""
     folder = tmp_path_factory.mktemp("run")
-    metadata = {"source": "trained from /home/somebody/other/model", "step": 40, "run": "/home/somebody/run"}
+    source = "trained from /home/somebody/other/model"
+    metadata = {"source": source, "step": 40, "run": "/home/somebody/run"}
     checkpoint.save(
         folder / "model", tiny_predictor.params(), tiny_predictor.config(), metadata=metadata
     )

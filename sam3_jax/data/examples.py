@@ -129,10 +129,12 @@ def example_of(
     """An example of given pictures, row by row; None where they leave nothing to ask."""
     sampling, augment = config.sampling, config.augment
     positive, negative = candidates(scenes, source.vocabulary, sampling.max_targets)
-    colorless = [c for c in positive if not names_color(c.phrase)]
-    gray = bool(augment.gray and rng.random() < augment.gray and colorless)
+    gray = bool(augment.gray) and rng.random() < augment.gray
+    gray = gray and not all(names_color(c.phrase) for c in positive)
     if gray:
-        positive, negative = colorless, [c for c in negative if not names_color(c.phrase)]
+        positive, negative = (
+            [c for c in found if not names_color(c.phrase)] for found in (positive, negative)
+        )
     chosen = choose(positive, negative, source.vocabulary, sampling, rng)
     if not chosen:
         return None
@@ -172,7 +174,7 @@ def _targets(
     """
     placed, lost = [], not candidate.exhaustive
     for number, instance in candidate.targets:
-        key = (number, instance.box, instance.rle and bytes(instance.rle["counts"]))
+        key = (number, instance.box, instance.rle and instance.rle["counts"])
         if key not in known:
             known[key] = _target(instance, number, placements[number], config)
         target = known[key]

@@ -30,7 +30,7 @@ OUTPUT/valid, test  held-out pictures and annotations.json: evaluate.py reads th
                     photographs, digits by other people, other objects
 OUTPUT/unseen       asks only for colours with shapes that training never shows together
 
-Takes some nine minutes on two cores and 2 GB. What is already there is kept, so that an
+Takes ten to fifteen minutes on two cores and 2 GB. What is already there is kept, so that an
 interrupted run can be started again.
 """
 EPILOG = """\
