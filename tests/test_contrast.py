@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -22,7 +23,13 @@ from sam3_jax.trainer.start import RunError
 from sam3_jax.trainer.tasks import task_of
 from sam3_jax.training import optimizer as optimizers
 from sam3_jax.training.batch import Clicks, TrainBatch
-from sam3_jax.training.contrast import UNUSED, ContrastConfig, contrast_loss, make_contrast_step
+from sam3_jax.training.contrast import (
+    ContrastConfig,
+    contrast_loss,
+    make_contrast_step,
+    region_loss,
+    unused_by_contrast,
+)
 from sam3_jax.training.state import TrainState, init_state
 from sam3_jax.training.step import Step, StepConfig
 from sam3_jax.training.targets import Targets
@@ -107,11 +114,50 @@ def test_a_batch_without_objects_has_no_loss():
     assert ours(case) == (0.0, {"contrast": 0.0, "named": 0.0})
 
 
-def step_and_state(freeze: tuple[str, ...] = UNUSED) -> tuple[Step, TrainState]:
-    config = optimizers.OptimizerConfig(freeze=freeze)
-    optimizer = optimizers.make_optimizer(config, depth=2, total=100)
+@pytest.mark.parametrize("filler", [False, True])
+def test_the_loss_of_regions(filler: bool):
+    """Prompt by prompt, with torch's cosine, resize and losses; prompt 2 names nothing."""
+    case, config = made_up(), ContrastConfig(temperature=0.2, margin=0.3, alpha=0.7)
+    targets = case["targets"]
+    targets.semantic[2] = False
+    if filler:
+        targets = targets._replace(prompt_valid=np.array([1, 1, 1, 0], bool))
+    spoken = case["tokens"] != 0
+    text = TextFeatures(jnp.asarray(case["text"]), jnp.asarray(spoken))
+    loss, metrics = region_loss(
+        jnp.asarray(case["maps"]), text, jax.tree.map(jnp.asarray, targets), config
+    )
+
+    functional, focal, dice = torch.nn.functional, [], []
+    for prompt in np.flatnonzero(targets.prompt_valid):
+        phrase = torch.tensor(case["text"][prompt][spoken[prompt]].mean(0))
+        maps = torch.tensor(case["maps"][prompt // (PROMPTS // IMAGES)])
+        cosine = functional.cosine_similarity(maps, phrase[None, None], dim=-1)
+        size = targets.semantic.shape[1:]
+        cosine = functional.interpolate(cosine[None, None], size, mode="bilinear")[0, 0]
+        logits, goal = (cosine - 0.3) / 0.2, torch.tensor(targets.semantic[prompt]).float()
+        p = logits.sigmoid()
+        right = torch.where(goal > 0, p, 1 - p)
+        share = torch.where(goal > 0, torch.tensor(0.7), torch.tensor(0.3))
+        focal.append((-share * (1 - right) ** 2 * right.log()).mean().item())
+        if goal.any():
+            dice.append((1 - (2 * (p * goal).sum() + 1) / (p.sum() + goal.sum() + 1)).item())
+    assert len(dice) == len(focal) - 1
+    # Sums of float32 over 64 pixels.
+    assert float(loss) == pytest.approx(0.4 * np.mean(focal) + 0.6 * np.mean(dice), rel=1e-5)
+    assert metrics == {"regions": loss}
+
+
+def step_and_state(
+    contrast: ContrastConfig | None = None, freeze: tuple[str, ...] | None = None
+) -> tuple[Step, TrainState]:
+    contrast = contrast or ContrastConfig()
+    freeze = unused_by_contrast(contrast) if freeze is None else freeze
+    optimizer = optimizers.make_optimizer(
+        optimizers.OptimizerConfig(freeze=freeze), depth=2, total=100
+    )
     model = tiny_predictor.config()
-    step = make_contrast_step(model, ContrastConfig(), optimizer, StepConfig("float32"))
+    step = make_contrast_step(model, contrast, optimizer, StepConfig("float32"))
     return step, init_state(tiny_predictor.params(), optimizer)
 
 
@@ -133,21 +179,25 @@ def test_what_cannot_be_contrasted():
     none = batch.targets._replace(masks=jnp.zeros((*batch.targets.valid.shape, 0, 0), bool))
     with pytest.raises(ValueError, match=r"give data\.example\.mask_size"):
         step(state, batch._replace(targets=none))
-    step, state = step_and_state(freeze=(r"^(?!vision/trunk/|vision/d|text/)",))
-    with pytest.raises(ValueError, match=r"detector_neck/level_0.*would train"):
-        step(state, batch)
+    freeze = (r"^(?!vision/trunk/|vision/d|text/)",)
+    for contrast, level in ((ContrastConfig(), 0), (ContrastConfig(regions=1.0), 1)):
+        step, state = step_and_state(contrast, freeze)
+        with pytest.raises(ValueError, match=rf"detector_neck/level_{level}.*would train"):
+            step(state, batch)
     config = tiny_run.get_config()
     config.task, config.data.example.mask_size = "contrast", 0
     with pytest.raises(RunError, match=r"give data\.example\.mask_size"):
         task_of(config)
 
 
-def test_a_run_learns_words_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("regions", [0.0, 1.0])
+def test_a_run_learns_words_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, regions: float):
     """Trunk and text encoder move, nothing else does, and what was learned is in the checkpoint."""
     # The mesh of tests has eight devices, and the run is one of a single device.
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     config = tiny_run.get_config()
     config.task, config.steps, config.clicks.weight = "contrast", 12, 0.0
+    config.contrast.regions = regions
     config.data.example.clicks = 0
     config.data.example.sampling = dataclasses.replace(
         config.data.example.sampling, boxes=0.0, negatives=0.0
@@ -159,9 +209,12 @@ def test_a_run_learns_words_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config.output = str(tmp_path / "run")
     train(config)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    losses = [entry["contrast"] for entry in log if entry["kind"] == "train"]
-    assert len(losses) == config.steps
-    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    for name, factor in (
+        {"contrast": 0.8} | {"regions": 0.95} if regions else {"contrast": 0.8}
+    ).items():
+        losses = [entry[name] for entry in log if entry["kind"] == "train"]
+        assert len(losses) == config.steps
+        assert np.mean(losses[-3:]) < factor * np.mean(losses[:3])
 
     before, after = (
         flatten(checkpoint.load(tmp_path / name).params) for name in ("start", "run/model")
@@ -170,5 +223,6 @@ def test_a_run_learns_words_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert any(path.startswith("vision/trunk/") for path in moved)
     assert any(path.startswith("text/block_0/") for path in moved)
     for path in moved:
-        assert path.startswith(("vision/trunk/", "vision/detector_neck/level_2_", "text/")), path
+        assert not any(re.search(p, path) for p in unused_by_contrast(config.contrast)), path
+    assert any("level_0" in path for path in moved) == bool(regions)
     assert "text/token_embed/embedding" not in moved

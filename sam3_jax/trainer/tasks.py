@@ -23,7 +23,7 @@ from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.trainer.resolve import clip_data_config, data_config, flops_per_step
 from sam3_jax.trainer.start import RunError, prepare_data, written_data
 from sam3_jax.trainer.validation import Validation, Validator
-from sam3_jax.training.contrast import UNUSED, make_contrast_step
+from sam3_jax.training.contrast import make_contrast_step, unused_by_contrast
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.step import make_train_step, unused_parameters
 from sam3_jax.training.tracker_step import make_clip_step, unused_by_clips
@@ -101,7 +101,7 @@ def _contrast(config: TrainConfig) -> Task:
     if not config.data.example.mask_size:
         raise RunError("task=contrast finds objects by their masks: give data.example.mask_size")
     return _pictures(config)._replace(
-        unused=UNUSED,
+        unused=unused_by_contrast(config.contrast),
         step=lambda model, optimizer: make_contrast_step(
             model,
             config.contrast,

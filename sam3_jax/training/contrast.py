@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import Sam3
+from sam3_jax.ops.image import resize_bilinear
+from sam3_jax.ops.losses import mask_dice, mask_focal
 from sam3_jax.sharding import constrain_batch
 from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
 from sam3_jax.training.optimizer import Optimizer
@@ -24,17 +26,27 @@ from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.step import Step, StepConfig
 from sam3_jax.training.targets import Targets
 from sam3_jax.training.update import Metrics, check_reached, learn
-from sam3_jax.types import TextFeatures
-
-# All but the trunk, the neck's level that prompts are read against, and the text encoder.
-UNUSED = (r"^(?!vision/trunk/|vision/detector_neck/level_2_|text/)",)
+from sam3_jax.types import Levels, TextFeatures
 
 
 @dataclass
 class ContrastConfig:
-    """Constants of :func:`contrast_loss`."""
+    """Constants of :func:`contrast_loss` and, where ``regions`` is not 0, :func:`region_loss`."""
 
     temperature: float = 0.1  # the cosines are divided by
+    regions: float = 0.0  # weight of the phrases' regions on the finest map
+    margin: float = 0.5  # cosine from which a pixel is one of a phrase's region
+    alpha: float = 0.6  # of the focal loss, as for the semantic map
+    focal_share: float = 0.4  # of the region loss; the rest is dice
+
+
+def unused_by_contrast(config: ContrastConfig) -> tuple[str, ...]:
+    """Paths (patterns) that no loss reaches: all but trunk, text encoder and the neck's levels.
+
+    Objects are pooled from the level that prompts are read against, regions lie on the finest.
+    """
+    levels = "[02]" if config.regions else "2"
+    return (rf"^(?!vision/trunk/|vision/detector_neck/level_{levels}_|text/)",)
 
 
 def contrast_loss(
@@ -71,6 +83,38 @@ def contrast_loss(
     loss = (counted * entropy).sum() / count
     named = (counted * (logits.argmax(-1) == labels)).sum() / count
     return loss, {"contrast": loss, "named": named}
+
+
+def region_loss(
+    maps: Float[Array, "b h w d"], text: TextFeatures, targets: Targets, config: ContrastConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """Where a phrase's objects are, pixel by pixel, so that maps keep outlines, too.
+
+    A pixel belongs to a phrase's region by the cosine of the two. Focal loss over all phrases of
+    the image (those that name nothing in it have empty regions), dice over those that name
+    something.
+
+    Args:
+      maps: the finest level of the B images.
+
+    Returns:
+      The weighted sum, and the metric ``regions`` (the same).
+    """
+    phrases = _unit(_mean(text.tokens, text.mask))
+    phrases = phrases.reshape(maps.shape[0], -1, phrases.shape[-1])
+    cosine = jnp.einsum("bhwd,bpd->bphw", _unit(maps.astype(jnp.float32)), phrases)
+    cosine = cosine.reshape(-1, *maps.shape[1:3], 1)
+    size = targets.semantic.shape[1:]
+    logits = (resize_bilinear(cosine, size) - config.margin) / config.temperature
+    logits, goal = logits.reshape(len(logits), -1), targets.semantic.reshape(len(logits), -1)
+
+    def mean(losses: Float[Array, " p"], counted: Bool[Array, " p"]) -> Float[Array, ""]:
+        return jnp.where(counted, losses, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+
+    focal = mean(mask_focal(logits, goal, alpha=config.alpha), targets.prompt_valid)
+    dice = mean(mask_dice(logits, goal), targets.prompt_valid & (goal > 0).any(-1))
+    loss = config.focal_share * focal + (1 - config.focal_share) * dice
+    return loss, {"regions": loss}
 
 
 def pool_objects(
@@ -115,23 +159,27 @@ def make_contrast_step(
             raise ValueError("contrast finds objects by their masks: give data.example.mask_size")
         batch = constrain_batch(batch)
         train, frozen = trainable(state, optimizer)
-        check_reached(train, UNUSED)
+        check_reached(train, unused_by_contrast(contrast))
 
         def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
             prompts_per_image(batch)
             module = Sam3(model, jnp.dtype(config.dtype))
 
-            def run(module: Sam3) -> tuple[Array, TextFeatures]:
+            def run(module: Sam3) -> tuple[Levels, TextFeatures]:
                 pixels = normalize(batch.images)
                 image = module.encode_image(pixels, tracker=False, deterministic=False)
-                return image.detector[-1], module.encode_text(batch.tokens)
+                return image.detector, module.encode_text(batch.tokens)
 
-            maps, text = module.apply(
+            levels, text = module.apply(
                 {"params": assemble(train, frozen, lora=False, alpha=0.0)},
                 rngs={"dropout": key},
                 method=run,
             )
-            return contrast_loss(maps, text, batch.tokens, batch.targets, contrast)
+            loss, metrics = contrast_loss(levels[-1], text, batch.tokens, batch.targets, contrast)
+            if contrast.regions:
+                term, more = region_loss(levels[0], text, batch.targets, contrast)
+                loss, metrics = loss + contrast.regions * term, metrics | more
+            return loss, metrics
 
         return learn(
             state,
