@@ -18,7 +18,7 @@ from sam3_jax import config as model_config
 from sam3_jax.convert.table import build_table
 from sam3_jax.models.detector import init_shapes
 from sam3_jax.training import optimizer as lib
-from sam3_jax.training.init_from import init_from
+from sam3_jax.training.init_from import copy_within, init_from
 from sam3_jax.training.lora import add_lora, input_axes, merge
 from sam3_jax.training.state import export_params, init_state
 
@@ -294,3 +294,18 @@ def test_init_from_names_what_does_not_fit():
         init_from(fresh, {"text": {"a": np.zeros(5), "b": np.zeros(3)}}, ("text/",))
     with pytest.raises(ValueError, match="no parameter starts with 'visoin/'"):
         init_from(fresh, fresh, ("visoin/",))
+
+
+def test_one_part_begins_as_another():
+    neck = {"a": np.ones(2), "b": {"c": np.full(3, 2.0)}}
+    other = {"a": np.zeros(2), "b": {"c": np.zeros(3)}}
+    params = {"vision": {"neck": neck, "other": other}, "text": {"a": np.zeros(2)}}
+    out = copy_within(params, [("vision/other/", "vision/neck/")])
+    jax.tree.map(np.testing.assert_array_equal, out["vision"]["other"], neck)
+    assert out["vision"]["other"]["a"] is not out["vision"]["neck"]["a"]
+    assert out["vision"]["neck"]["a"] is neck["a"]
+    assert out["text"]["a"] is params["text"]["a"]
+    assert copy_within(params, ())["vision"]["other"]["a"] is other["a"]
+    for pair in (("vision/other/", "vision/nekc/"), ("nothing/", "no/"), ("text/", "vision/neck/")):
+        with pytest.raises(ValueError, match=f"'{pair[0]}' and '{pair[1]}' must be prefixes"):
+            copy_within(params, [pair])

@@ -15,8 +15,9 @@ from sam3_jax.tracking.memories import frame_at
 from sam3_jax.tracking.state import empty_state
 from sam3_jax.tracking.step import Setup, memorize, prompt_mask, recall
 from sam3_jax.training.batch import normalize
+from sam3_jax.training.lora import add_lora
 from sam3_jax.training.optimizer import path_of
-from sam3_jax.training.state import init_state
+from sam3_jax.training.state import TrainState, init_state
 from sam3_jax.training.step import StepConfig
 from sam3_jax.training.tracker_clip import TrackerTrainingConfig, clip_loss, training_rules
 from sam3_jax.training.tracker_step import make_clip_step
@@ -169,3 +170,35 @@ def test_it_learns_and_leaves_the_image_model_alone():
         elif same:
             still.append(name)
     assert not still  # everything of the tracker is reached
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_and_lora_alone():
+    """Two clips one after the other are one batch; with LoRA nothing else moves."""
+    model, config = tiny_clips.model_config(), by_masks()
+    optimizer, batch = tiny_clips.optimizer(config), tiny_clips.batch(clips=2)
+    before = tiny_clips.params(model)
+    patterns = (r"^tracker/.*attn/[qv]$", r"^tracker/mask_decoder/.*mlp")
+
+    def advance(accumulate: int) -> tuple[TrainState, dict]:
+        lora = add_lora(before, patterns, 2, jax.random.key(0))
+        state = init_state(tiny_clips.params(model), optimizer, lora=lora)
+        settings = StepConfig("float32", accumulate=accumulate)
+        step = make_clip_step(model, config, optimizer, settings, alpha=8.0)
+        return step.lower(state, batch).compile(tiny_clips.QUICK)(state, batch)
+
+    (whole, expected), (parts, found) = advance(1), advance(2)
+    # float32 sums in another order; compared by the moments, as Adam's first step is all signs.
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    ours, theirs = (jax.tree.leaves(s.opt_state[1].mu) for s in (parts, whole))
+    largest = max(float(np.abs(x).max()) for x in theirs)
+    assert largest > 0
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * largest)
+
+    jax.tree.map(np.testing.assert_array_equal, whole.params, before)
+    # B begins at zero, so that A has no gradient yet.
+    fresh = add_lora(before, patterns, 2, jax.random.key(0))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), whole.lora, fresh)
+    assert all(m for path, m in jax.tree_util.tree_leaves_with_path(moved) if path[-1].key == "b")

@@ -40,11 +40,13 @@ class InitConfig:
     """Where parameters come from: a converted checkpoint, or random values ("").
 
     ``prefixes``: of what is taken from it, such as ("vision/trunk/",) for the backbone alone; what
-    is not is random.
+    is not is random. ``copies``: pairs (to, from) of parts of which one then begins as the other,
+    such as (("vision/tracker_neck/", "vision/detector_neck/"),).
     """
 
     checkpoint: str = ""
     prefixes: tuple[str, ...] = ("",)
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass

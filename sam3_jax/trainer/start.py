@@ -19,7 +19,7 @@ from sam3_jax.data.builder import Source, digest_of, prepare
 from sam3_jax.models.detector import init_params, init_shapes
 from sam3_jax.sharding import on_one_device, param_shardings
 from sam3_jax.trainer.config import InitConfig, SplitConfig, TrainConfig
-from sam3_jax.training.init_from import init_from
+from sam3_jax.training.init_from import copy_within, init_from
 
 
 class RunError(Exception):
@@ -128,6 +128,16 @@ def initial(
       CheckpointError: no usable checkpoint.
       RunError: parameters that do not fit the model.
     """
+    origin = _origin(init, wanted, resolution, seed, mesh)
+    try:
+        return origin._replace(params=copy_within(origin.params, init.copies))
+    except ValueError as error:
+        raise RunError(f"init.copies: {error}") from error
+
+
+def _origin(
+    init: InitConfig, wanted: ModelConfig, resolution: int, seed: int, mesh: Mesh | None
+) -> Origin:
     place = functools.partial(param_shardings, mesh=mesh) if mesh else on_one_device
     if not init.checkpoint:
         model = training_model(wanted, wanted, resolution)

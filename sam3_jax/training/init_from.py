@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -55,6 +56,33 @@ def init_from(params: dict, source: dict, prefixes: Sequence[str] = ("",)) -> di
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: values.get(path_of(path), leaf), params
     )
+
+
+def copy_within(params: dict, copies: Sequence[Sequence[str]]) -> dict:
+    """``params`` with the values of one part in another: pairs of prefixes (to, from).
+
+    Upstream's tracker begins so with the detector's neck (``sam2_convs`` in ``model/necks.py``).
+
+    Raises:
+      ValueError: where a prefix finds nothing, or the parts are not alike.
+    """
+    values = _flatten(params)
+    for target, source in copies:
+        parts = [
+            {
+                path.removeprefix(prefix): leaf.shape
+                for path, leaf in values.items()
+                if path.startswith(prefix)
+            }
+            for prefix in (target, source)
+        ]
+        if not parts[0] or parts[0] != parts[1]:
+            raise ValueError(
+                f"copy_within: {target!r} and {source!r} must be prefixes of parts that are alike"
+            )
+        # Copies: a step that is given the same buffer twice cannot take it over.
+        values |= {target + rest: jnp.copy(values[source + rest]) for rest in parts[0]}
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_of(path)], params)
 
 
 def resize_table(
