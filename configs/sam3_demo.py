@@ -43,6 +43,8 @@ class Stage(NamedTuple):
     batch: int
     learns: str  # of LEARNS
     phrases: int = 4  # a picture
+    gray: float = 0.0  # share of the pictures without colours
+    fine: bool = False  # masks are compared at twice the model's resolution
 
 
 # What a stage trains, by the parameters that it leaves alone. Random vectors tell some forty words
@@ -50,8 +52,10 @@ class Stage(NamedTuple):
 WORDS = r"^text/token_embed/"
 LEARNS = {
     "meanings": (WORDS,),
+    "regions": (WORDS,),
     "boxes": (r"^text/", r"^vision/trunk/"),
     "masks": (r"^text/", r"^vision/trunk/"),
+    "all": (r"^text/",),
     "clicks": (
         r"^vision/(trunk|detector_neck)/",
         r"^(text|geometry|fusion|decoder|scoring|segmentation)/",
@@ -60,9 +64,15 @@ LEARNS = {
 STAGES = {
     "words": Stage("words", side=64, steps=3000, batch=64, learns="meanings"),
     "scenes": Stage("train", side=192, steps=3500, batch=16, learns="meanings", phrases=8),
-    "first": Stage("train", side=192, steps=1400, batch=16, learns="boxes"),
-    "second": Stage("train", side=256, steps=1300, batch=8, learns="masks", phrases=2),
-    "clicks": Stage("train", side=256, steps=500, batch=8, learns="clicks", phrases=1),
+    "boxes": Stage("train", side=192, steps=1400, batch=16, learns="boxes"),
+    "masks": Stage("train", side=256, steps=1300, batch=8, learns="masks", phrases=2),
+    "regions": Stage(
+        "train", side=256, steps=1600, batch=8, learns="regions", phrases=8, gray=0.3, fine=True
+    ),
+    "all": Stage(
+        "train", side=256, steps=1900, batch=8, learns="all", phrases=2, gray=0.2, fine=True
+    ),
+    "clicks": Stage("train", side=256, steps=500, batch=8, learns="clicks", phrases=1, fine=True),
 }
 
 
@@ -70,9 +80,10 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.dataset`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo has no stage {stage!r}: {', '.join(STAGES)}")
-    folder, side, steps, batch, learns, phrases = STAGES[stage]
+    folder, side, steps, batch, learns, phrases, gray, fine = STAGES[stage]
     config = TrainConfig(output=f"runs/sam3_demo_{stage}", steps=steps, batch_size=batch)
-    config.task, config.model = "contrast" if learns == "meanings" else "pictures", demo()
+    contrast = learns in ("meanings", "regions")
+    config.task, config.model = "contrast" if contrast else "pictures", demo()
     names = list(STAGES)
     if stage != names[0]:
         config.init.checkpoint = f"runs/sam3_demo_{names[names.index(stage) - 1]}/model"
@@ -83,12 +94,15 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
     example = config.data.example
     example.augment = plain(side)  # no flips (digits), no scales ("small" is a size in pixels)
     example.augment.brightness = example.augment.contrast = 0.2
-    example.mask_size = 0 if learns == "boxes" else side // 4  # the model's own
+    example.augment.gray = gray
+    # The model's own size is a quarter; from twice as fine ones it learns what lies between.
+    example.mask_size = 0 if learns == "boxes" else side // 2 if fine else side // 4
     example.sampling.phrases = phrases
     example.sampling.max_targets = config.data.buckets[-1]
-    if config.task == "contrast":
+    if contrast:
         config.data.workers = 2  # batches take longer than steps
-        example.sampling.negatives = 0.0
+        example.sampling.negatives = 0.25 if learns == "regions" else 0.0
+        config.contrast.regions = 3.0 if learns == "regions" else 0.0
     else:
         config.valid.annotations = f"{data}/valid/annotations.json"
         example.sampling.negatives = 0.4
@@ -97,22 +111,31 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         example.sampling.boxes = 0.1
 
     loss = config.loss
-    loss.masks = learns == "masks"
-    loss.semantic = learns == "masks"
+    loss.masks = loss.semantic = learns in ("masks", "all")
     loss.pad_queries = config.model.decoder.num_queries
     loss.mask_chunk = loss.max_pairs = 8
     loss.class_weight = loss.presence_weight = 50.0
     loss.box_weight, loss.giou_weight = 10.0, 5.0
     loss.mask_weight = 100.0
+    if learns == "all":
+        loss.class_weight = loss.presence_weight = 20.0
+        # On points, most of them where the model is in doubt, the focal loss is larger.
+        loss.mask_points, loss.mask_weight = 1024, 20.0
+        loss.semantic_weight = loss.semantic_dice_weight = 10.0
     if learns == "clicks":
         example.clicks = 4
         config.clicks.weight, config.clicks.corrections = 1.0, 2
+        config.init.copies = (("vision/tracker_neck/", "vision/detector_neck/"),)
 
     optimizer = config.optimizer
     optimizer.freeze = LEARNS[learns]
     optimizer.vision.rate = optimizer.text.rate = optimizer.rest.rate = 1e-3
-    if learns == "masks":  # most of the detector has learned already
+    if learns == "regions":
+        optimizer.vision.rate, optimizer.text.rate = 8e-4, 5e-4
+    if learns in ("masks", "all"):  # most of the detector has learned already
         optimizer.vision.rate = optimizer.rest.rate = 8e-4
+    if learns == "all":
+        optimizer.vision.rate = 4e-4
     optimizer.vision.layer_decay = 1.0
     optimizer.rate_scale = 1.0
     optimizer.beta2 = 0.99
@@ -120,7 +143,8 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
     optimizer.clip = 1.0
     optimizer.ema = 0.999
     optimizer.schedule.kind = "cosine"
-    optimizer.schedule.warmup = 100 if learns == "masks" else 200
+    started = stage in ("words", "scenes", "boxes")
+    optimizer.schedule.warmup = 200 if started else 50 if fine else 100
     config.step.dtype = "float32"
 
     config.checkpoint.every = 250

@@ -227,6 +227,22 @@ def test_figures_are_those_computed_by_hand():
     assert found["clicks"] == pytest.approx(wanted)
 
 
+def test_duplicates_are_counted_and_left_out():
+    once = {key: list(value) for key, value in TRUTH.items()}
+    found = {(name.replace("_", " "),): value for name, value in once.items()}
+    better, worse = found["red circle",][0]._replace(score=0.9), instance(1, 10)
+    apart = instance(7, 12)  # IoU 3/12 with the first: another object
+    found["red circle",] = [worse._replace(score=0.6), better, apart._replace(score=0.7)]
+    kept = asking.distinct(found)
+    assert [i.score for i in kept["red circle",]] == [0.9, 0.7]
+    assert kept["seven",] == found["seven",]
+    values = figures.figures_of(dataset(**TRUTH), asking.Answers(found, {}, []))["text"]
+    # Of 4 targets 3 are found, by 5 answers or by 4.
+    assert values["pmF1"] == pytest.approx(2 * 3 / (4 + 5), abs=1e-3)
+    assert values["pmF1_distinct"] == pytest.approx(2 * 3 / (4 + 4), abs=1e-3)
+    assert values["cgF1_distinct"] == pytest.approx(values["IL_MCC"] * 6 / 8, abs=1e-3)
+
+
 def test_without_clicks_there_is_a_dash():
     answers = asking.Answers({}, {}, [])
     found = figures.figures_of(dataset(**TRUTH), answers) | {"unseen": {}}

@@ -229,7 +229,7 @@ def test_the_configurations_in_the_repository():
         ("sam3_finetune", ("masks", "boxes", "lora")),
         ("sam3_tpu", ("stage2", "stage3")),
         ("sam3_gpu", (None,)),
-        ("sam3_demo", ("words", "scenes", "first", "second", "clicks")),
+        ("sam3_demo", ("words", "scenes", "boxes", "masks", "regions", "all", "clicks")),
         ("sam3_tracker", ("clips", "long")),
         ("sam3_demo_tracker", (None,)),
     ):

@@ -15,8 +15,10 @@ HERE = Path(__file__).parent
 STAGES = {
     "words": ("contrast", "named"),
     "scenes": ("contrast", "named"),
-    "first": ("class", "presence", "giou"),
-    "second": ("class", "presence", "giou", "dice"),
+    "boxes": ("class", "presence", "giou"),
+    "masks": ("class", "presence", "giou", "dice"),
+    "regions": ("contrast", "named", "regions"),
+    "all": ("class", "presence", "giou", "dice"),
     "clicks": ("click_first_iou", "click_last_iou"),
 }
 KEPT = ("kind", "step", "steps", "time", "step_s", "loss", "grad_norm", "rate")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sam3_jax.demo.weights import weights_path
+from sam3_jax.demo.weights import DISTINCT, weights_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ def answer(predictor: ImagePredictor, question: Question) -> Bool[np.ndarray, "n
         best = int(found.iou.argmax())
         return found.masks[best : best + 1]
     boxes = () if question.box is None else [question.box]
-    return predictor.predict(question.text, boxes).masks
+    return predictor.predict(question.text, boxes, options=DISTINCT).masks
 
 
 def judge(question: Question, masks: Bool[np.ndarray, "n h w"]) -> Result:
@@ -151,6 +151,7 @@ def report(results: Sequence[Result], output: Path, checkpoint: str | None = Non
             "",
             "Next, with the same weights:",
             f"  {_program()}{weights} --input {output / 'pictures'} --prompt 'red circle' 'ring' "
+            f"--nms {DISTINCT.nms} --nms-threshold {DISTINCT.nms_threshold:g} "
             f"--output {output / 'found'}",
             "They know nothing but shapes and digits; SAM 3's own find anything: README.md.",
         ]

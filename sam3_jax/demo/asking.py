@@ -28,7 +28,9 @@ from sam3_jax.data.masks import mask_box
 from sam3_jax.data.pictures import load_as_annotated
 from sam3_jax.data.records import Dataset, Instance, Key, Record
 from sam3_jax.demo.objects import COLORS, SHAPES
+from sam3_jax.demo.weights import DISTINCT
 from sam3_jax.inference.image import ImagePredictor
+from sam3_jax.inference.nms import nms
 from sam3_jax.inference.prompts import Prompt
 from sam3_jax.inference.rle import encode_mask
 
@@ -96,6 +98,19 @@ def exemplar_prompts(records: Sequence[Record]) -> dict[Key, Prompt]:
             x, y, width, height = max(targets, key=lambda instance: instance.area).box
             prompts[record.key] = Prompt(boxes=[(x, y, x + width, y + height)])
     return prompts
+
+
+def distinct(found: Mapping[Key, list[Instance]]) -> dict[Key, list[Instance]]:
+    """The answers without duplicates: as ``infer.py --nms iou`` gives them."""
+    kept = {}
+    for key, instances in found.items():
+        kept[key] = instances
+        if len(instances) > 1:
+            masks = np.stack([coco_mask.decode(i.rle).astype(bool) for i in instances])
+            scores = np.array([i.score for i in instances])
+            rest = nms(masks, scores, measure=DISTINCT.nms, threshold=DISTINCT.nms_threshold)
+            kept[key] = [instances[i] for i in rest]
+    return kept
 
 
 def click_targets(dataset: Dataset, count: int) -> dict[str, list[Instance]]:

@@ -20,7 +20,7 @@ from sam3_jax.checkpoint import CheckpointError
 from sam3_jax.data.annotations import load_annotations
 from sam3_jax.data.images import ImageError
 from sam3_jax.data.records import AnnotationError, Dataset, Instance, Key, Problems
-from sam3_jax.demo.asking import Answers, ask, by_picture, exemplar_pairs
+from sam3_jax.demo.asking import Answers, ask, by_picture, distinct, exemplar_pairs
 from sam3_jax.demo.held_out import DIGESTS, FILE, digest_of
 from sam3_jax.evaluation.cgf1 import accumulate, score_records
 from sam3_jax.evaluation.predictions import Predictions
@@ -33,7 +33,8 @@ OBJECTS = 300  # that are clicked on
 DESCRIPTION = """\
 Measures a checkpoint on the demo's held-out sets, which python -m sam3_jax.demo.dataset DATA writes
 (with --train 0 they alone): phrases, colours with shapes that training never showed together, one
-exemplar box instead of the phrase, and clicks.
+exemplar box instead of the phrase, and clicks. "Distinct" are the same answers without duplicates,
+as infer.py --nms iou --nms-threshold 0.3 gives them.
 """
 
 
@@ -49,12 +50,15 @@ class Goal(NamedTuple):
 
 GOALS = (
     Goal("text: mask cgF1", "text", "cgF1", 100, 75),
+    Goal("text: mask cgF1, distinct", "text", "cgF1_distinct", 100, None),
     Goal("text: pmF1", "text", "pmF1", 100, None),
     Goal("text: IL_MCC", "text", "IL_MCC", 1, 0.9),
     Goal("text, unseen pairs: mask cgF1", "unseen", "cgF1", 100, 55),
+    Goal("text, unseen pairs: mask cgF1, distinct", "unseen", "cgF1_distinct", 100, None),
     Goal("text, unseen pairs: pmF1", "unseen", "pmF1", 100, None),
     Goal("text, unseen pairs: IL_MCC", "unseen", "IL_MCC", 1, None),
     Goal("one exemplar box: mask cgF1", "exemplar", "cgF1", 100, 60),
+    Goal("one exemplar box: mask cgF1, distinct", "exemplar", "cgF1_distinct", 100, None),
     Goal("one exemplar box: pmF1", "exemplar", "pmF1", 100, None),
     Goal("1 click: mean IoU", "clicks", "mIoU_1", 1, 0.85),
     Goal("2 clicks: mean IoU", "clicks", "mIoU_2", 1, None),
@@ -117,8 +121,12 @@ def figures_of(dataset: Dataset, answers: Answers) -> Figures:
 
 
 def _cgf1(dataset: Dataset, found: dict[Key, list[Instance]]) -> Values:
-    predictions = Predictions(found, {}, True, Problems(), [])
-    figures = accumulate(score_records(dataset, predictions, "segm").values())
+    figures, apart = (
+        accumulate(
+            score_records(dataset, Predictions(x, {}, True, Problems(), []), "segm").values()
+        )
+        for x in (found, distinct(found))
+    )
     return {
         "pictures": len(by_picture(dataset)),
         "pairs": figures.pairs,
@@ -126,6 +134,8 @@ def _cgf1(dataset: Dataset, found: dict[Key, list[Instance]]) -> Values:
         "cgF1": float(figures.cgf1.mean()),
         "pmF1": float(figures.pmf1.mean()),
         "IL_MCC": figures.il_mcc,
+        "cgF1_distinct": float(apart.cgf1.mean()),
+        "pmF1_distinct": float(apart.pmf1.mean()),
     }
 
 
