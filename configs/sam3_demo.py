@@ -72,7 +72,7 @@ STAGES = {
     "all": Stage(
         "train", side=256, steps=1900, batch=8, learns="all", phrases=2, gray=0.2, fine=True
     ),
-    "clicks": Stage("train", side=256, steps=500, batch=8, learns="clicks", phrases=1, fine=True),
+    "clicks": Stage("train", side=256, steps=500, batch=8, learns="clicks", phrases=4, fine=True),
 }
 
 
@@ -123,8 +123,10 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         loss.mask_points, loss.mask_weight = 1024, 20.0
         loss.semantic_weight = loss.semantic_dice_weight = 10.0
     if learns == "clicks":
-        example.clicks = 4
-        config.clicks.weight, config.clicks.corrections = 1.0, 2
+        example.clicks, example.sampling.negatives = 8, 0.0
+        config.clicks.weight, config.clicks.alone, config.clicks.corrections = 1.0, True, 2
+        # From random values, 20 : 1 first learns that every mask is empty.
+        config.clicks.loss.mask_weight = config.clicks.loss.dice_weight = 5.0
         config.init.copies = (("vision/tracker_neck/", "vision/detector_neck/"),)
 
     optimizer = config.optimizer
@@ -136,6 +138,8 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         optimizer.vision.rate = optimizer.rest.rate = 8e-4
     if learns == "all":
         optimizer.vision.rate = 4e-4
+    if learns == "clicks":
+        optimizer.rest.rate = 2e-3
     optimizer.vision.layer_decay = 1.0
     optimizer.rate_scale = 1.0
     optimizer.beta2 = 0.99

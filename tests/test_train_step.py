@@ -13,10 +13,10 @@ import tiny_predictor
 from parity import assert_close
 from sam3_jax import sharding
 from sam3_jax.config import ModelConfig
-from sam3_jax.models.detector import empty_geometry
+from sam3_jax.models.detector import Sam3, empty_geometry
 from sam3_jax.training import optimizer as optimizers
-from sam3_jax.training.batch import Clicks, TrainBatch, micro_batches
-from sam3_jax.training.clicks import ClickConfig
+from sam3_jax.training.batch import Clicks, TrainBatch, micro_batches, normalize
+from sam3_jax.training.clicks import ClickConfig, click_loss
 from sam3_jax.training.lora import add_lora, merge
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.state import TrainState, export_params, init_state
@@ -281,3 +281,39 @@ def test_what_a_loss_does_not_reach_must_be_frozen():
         state = jax.eval_shape(lambda: init_state(tiny_predictor.params(), optimizer))
         with pytest.raises(ValueError, match=f"{path} would train, but the loss"):
             step.lower(state, batch)
+
+
+def test_the_interactive_head_alone():
+    """Its loss is that of sessions on the image model as it is, which neither runs nor moves."""
+    model, clicks = model_config(), ClickConfig(weight=2.0, alone=True, corrections=0)
+    frozen = unused_parameters(LossConfig(), clicks)
+    settings = optimizers.OptimizerConfig(freeze=frozen, rate_scale=1.0)
+    settings.schedule = optimizers.ScheduleConfig("cosine", warmup=0)
+    optimizer = optimizers.make_optimizer(settings, depth=2, total=1000)
+    batch, before = make_batch(2), tiny_predictor.params()
+    state = init_state(tiny_predictor.params(), optimizer)
+    step = compiled(state, batch, optimizer=optimizer, clicks=clicks)
+    state, metrics = step(state, batch)
+
+    module = Sam3(model)
+
+    def session(params: dict, batch: TrainBatch) -> tuple[jax.Array, dict]:
+        levels = module.apply({"params": params}, normalize(batch.images), method="encode_image")
+
+        def click(prompt):
+            return module.apply({"params": params}, levels.tracker, prompt, None, method="click")
+
+        key = jax.random.key(0)  # there is nothing to draw
+        return click_loss(click, batch.clicks, clicks, key, frame=SIDE, mask_side=4 * SIDE // 14)
+
+    expected, terms = jax.jit(session).lower(before, batch).compile(QUICK)(before, batch)
+    # float32, compiled as other programs.
+    np.testing.assert_allclose(metrics["loss"], 2.0 * expected, rtol=1e-4)
+    for name, value in terms.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert not {"class", "presence", "mask"} & set(metrics)
+    after = by_path(state.params)
+    moved = {path for path, value in by_path(before).items() if (value != after[path]).any()}
+    assert any(path.startswith("tracker/mask_decoder/") for path in moved)
+    assert any(path.startswith("vision/tracker_neck/") for path in moved)
+    assert not any(re.search(pattern, path) for path in moved for pattern in frozen)

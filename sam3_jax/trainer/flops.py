@@ -115,11 +115,16 @@ def forward_flops(
     """
     loss = loss or LossConfig()
     rounds = clicks.corrections + 1 if clicks is not None and clicks.weight else 0
+    alone = rounds > 0 and clicks.alone
     module = Sam3(model, jnp.bfloat16)
     batch = _batch(model, images, prompts, tokens, boxes, objects)
 
     def detect(params: dict, batch: TrainBatch) -> tuple[tuple, Levels | None]:
-        out, levels = forward(module, params, batch, jax.random.key(0), tracker=rounds > 0)
+        out, levels = forward(
+            module, params, batch, jax.random.key(0), detector=not alone, tracker=rounds > 0
+        )
+        if out is None:
+            return (), levels
         heads = (out.layer_logits, out.layer_boxes, out.layer_presence)
         heads += (out.pred_masks,) * loss.masks + (out.semantic_seg,) * loss.semantic
         return heads, levels

@@ -29,11 +29,12 @@ LOW_RES_CLAMP = 32.0  # of the logits that are shown to the model again, as in i
 class ClickConfig:
     """Training of the interactive head, on ``data.example.clicks`` objects an image.
 
-    ``weight`` multiplies its loss; 0: the head does not train. ``corrections``: clicks after the
-    first prompt, the paper's 7.
+    ``weight`` multiplies its loss; 0: the head does not train. ``alone``: nothing else does, and
+    the detector is not run. ``corrections``: clicks after the first prompt, the paper's 7.
     """
 
     weight: float = 0.0
+    alone: bool = False
     corrections: int = 7
     loss: InteractiveLossConfig = field(default_factory=InteractiveLossConfig)
 

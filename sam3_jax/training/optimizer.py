@@ -32,6 +32,11 @@ CONSTANTS = (r"^tracker/prompt_encoder/gaussian$",)
 TRACKER = (r"^tracker/", r"^vision/tracker_neck/")
 # Of these, what the interactive head's loss does not reach either.
 MEMORY = (r"^tracker/(mask_downsample|memory_\w+|no_object_\w+|pointer_\w+)/",)
+# What no loss of the head or the tracker reaches: all in front of their neck, and the detector.
+IMAGE_MODEL = (
+    r"^vision/(trunk|detector_neck)/",
+    r"^(text|geometry|fusion|decoder|scoring|segmentation)/",
+)
 # Scales of norms that decay. The released recipe exempts ``torch.nn.LayerNorm`` by class, which
 # neither GroupNorm nor SAM's ``LayerNorm2d`` is.
 DECAYED_NORMS = (

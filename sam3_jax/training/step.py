@@ -19,7 +19,7 @@ from sam3_jax.sharding import constrain_batch
 from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
 from sam3_jax.training.clicks import ClickConfig, click_loss
 from sam3_jax.training.criterion import detection_loss
-from sam3_jax.training.optimizer import MEMORY, TRACKER, Optimizer
+from sam3_jax.training.optimizer import IMAGE_MODEL, MEMORY, TRACKER, Optimizer
 from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.targets import LossConfig
 from sam3_jax.training.update import Metrics, check_reached, learn
@@ -45,6 +45,8 @@ class StepConfig:
 
 def unused_parameters(loss: LossConfig, clicks: ClickConfig) -> tuple[str, ...]:
     """Paths (patterns) that the losses do not reach, to be frozen; see ``optimizer.TRACKER``."""
+    if clicks.weight and clicks.alone:
+        return (*IMAGE_MODEL, *MEMORY)
     tracker = MEMORY if clicks.weight else TRACKER
     if not (loss.masks or loss.semantic):  # they alone read the finer levels
         return (*tracker, r"^segmentation/", r"^vision/detector_neck/level_[01]_")
@@ -90,11 +92,17 @@ def make_train_step(
             params = assemble(train, frozen, lora=state.lora is not None, alpha=alpha)
             dropout, draw, user = jax.random.split(key, 3)
             module = Sam3(model, jnp.dtype(config.dtype))
-            out, levels = forward(module, params, batch, dropout, tracker=clicks.weight > 0)
-            replicas = max(1, len(batch.images) // config.images_per_replica)
-            total, terms = detection_loss(
-                out, batch.targets, loss, matcher=config.matcher, replicas=replicas, key=draw
+            interactive = clicks.weight > 0
+            alone = interactive and clicks.alone
+            out, levels = forward(
+                module, params, batch, dropout, detector=not alone, tracker=interactive
             )
+            replicas = max(1, len(batch.images) // config.images_per_replica)
+            total, terms = jnp.float32(0), {}
+            if out is not None:
+                total, terms = detection_loss(
+                    out, batch.targets, loss, matcher=config.matcher, replicas=replicas, key=draw
+                )
             if levels is None:
                 return total, terms
 
@@ -126,8 +134,14 @@ def make_train_step(
 
 
 def forward(
-    module: Sam3, params: dict, batch: TrainBatch, key: PRNGKeyArray, *, tracker: bool = False
-) -> tuple[GroundOutput, Levels | None]:
+    module: Sam3,
+    params: dict,
+    batch: TrainBatch,
+    key: PRNGKeyArray,
+    *,
+    detector: bool = True,
+    tracker: bool = False,
+) -> tuple[GroundOutput | None, Levels | None]:
     """The detector as it trains: with dropout, drop path and one-to-many queries.
 
     Besides, with ``tracker``, the interactive head's pyramids of each object to click on.
@@ -138,12 +152,16 @@ def forward(
         # Repeating, unlike indexing, needs nothing from other devices.
         return tuple(jnp.repeat(level, count, axis=0) for level in levels)
 
-    def run(module: Sam3) -> tuple[GroundOutput, Levels | None]:
+    def run(module: Sam3) -> tuple[GroundOutput | None, Levels | None]:
         pixels = normalize(batch.images)
         image = module.encode_image(pixels, tracker=tracker, deterministic=False)
-        text = module.encode_text(batch.tokens)
-        levels = for_each(image.detector, prompts)
-        out = module.ground(levels, text, batch.geometry, None, None, dac=True, deterministic=False)
+        out = None
+        if detector:
+            text = module.encode_text(batch.tokens)
+            levels = for_each(image.detector, prompts)
+            out = module.ground(
+                levels, text, batch.geometry, None, None, dac=True, deterministic=False
+            )
         objects = batch.clicks.valid.shape[1]
         return out, for_each(image.tracker, objects) if tracker else None
 

@@ -12,18 +12,13 @@ from sam3_jax.config import ModelConfig
 from sam3_jax.models.detector import Sam3
 from sam3_jax.sharding import constrain_batch
 from sam3_jax.training.clip_batch import ClipBatch, cut_clips
-from sam3_jax.training.optimizer import Optimizer
+from sam3_jax.training.optimizer import IMAGE_MODEL, Optimizer
 from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.step import StepConfig
 from sam3_jax.training.tracker_clip import TrackerTrainingConfig, clip_loss
 from sam3_jax.training.update import Metrics, check_reached, learn
 
 ClipStep = Callable[[TrainState, ClipBatch], tuple[TrainState, Metrics]]
-# What the loss of clips does not reach: all in front of the tracker's neck, and the detector.
-BEHIND = (
-    r"^vision/(trunk|detector_neck)/",
-    r"^(text|geometry|fusion|decoder|scoring|segmentation)/",
-)
 
 
 def unused_by_clips(config: TrackerTrainingConfig) -> tuple[str, ...]:
@@ -32,7 +27,7 @@ def unused_by_clips(config: TrackerTrainingConfig) -> tuple[str, ...]:
     never = () if prompting.mask > 0 else (r"^tracker/mask_downsample/",)
     if prompting.mask >= 1:  # nobody clicks
         never = (r"^tracker/prompt_encoder/point_embed/", r"^tracker/no_memory_embed/")
-    return (*BEHIND, *never)
+    return (*IMAGE_MODEL, *never)
 
 
 def make_clip_step(
