@@ -2,7 +2,7 @@
 
     python -m sam3_jax.demo.dataset data/shapes
     python train.py --config=configs/sam3_demo.py:words --cpu_devices=2
-    ... and so on with :scenes, :first, :second, :clicks
+    ... and so on with :scenes, :boxes, :masks, :regions, :all, :clicks
 
 Each stage begins with the model of the one before:
 
@@ -10,17 +10,20 @@ Each stage begins with the model of the one before:
   encoder on close-ups of 64 pixels with three objects at most; the released model's were learned by
   contrast, too, before there was a detector;
 - ``scenes``: the same on whole pictures of 192 pixels;
-- ``first``: the detector finds boxes;
-- ``second``: masks, at 256 pixels;
+- ``boxes``: the detector finds boxes, with trunk and text encoder as contrast left them;
+- ``masks``: masks besides, at 256 pixels;
+- ``regions``: contrast again, and where each phrase's objects are, pixel by pixel; a share of the
+  pictures is grey, so that colour and shape come apart;
+- ``all``: the detector with all losses, and the trunk;
 - ``clicks``: the interactive head on the image model as it is.
 
-Trunk and text encoder stay as contrast left them while the detector learns. Its losses are the
-released ones, of other weights. A fifth of the phrases that name a colour and a shape is replaced
-by a box around one of their objects, so that "the same colour and shape" is what a box alone means.
+The losses are the released ones, of other weights. A fifth of the phrases that name a colour and a
+shape is replaced by a box around one of their objects, so that "the same colour and shape" is what
+a box alone means.
 
 Hardware: two cores of a CPU and 5 GB; without ``--cpu_devices`` a GPU where there is one. The first
-four took 37, 36, 24 and 26 minutes, with other work on the same cores; ``clicks`` has not been
-run to its end. docs/demo has logs, curves and the weights so far, and says what they can do.
+six took 36, 35, 22, 25, 24 and 64 minutes, with other work on the same cores; ``clicks`` has not
+been run to its end. docs/demo has logs, curves and the weights so far, and says what they can do.
 """
 
 from __future__ import annotations
