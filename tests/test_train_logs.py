@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -187,6 +188,11 @@ def test_forward_with_clicks(one):
     d = config.dim
     enlarge = 2 * 64 * d * (4 * d // 4) + 2 * 256 * (d // 4) * (4 * d // 8)
     assert more > 4 * objects * enlarge
+    # Alone, the two necks cost the same; text, fusion, decoder and masks are left out.
+    alone = dataclasses.replace(clicks, alone=True)
+    less = forward_flops(config, 1, 1, clicks=alone, objects=objects)
+    assert more < less < one + more
+    assert less == forward_flops(config, 1, 2, clicks=alone, objects=objects)
 
 
 @pytest.mark.parametrize(
