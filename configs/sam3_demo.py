@@ -35,6 +35,7 @@ from sam3_jax.data.augment import plain
 from sam3_jax.demo.builder import CLOSE_UPS
 from sam3_jax.demo.objects import COLORS, SHAPES
 from sam3_jax.trainer.config import TrainConfig
+from sam3_jax.training.optimizer import IMAGE_MODEL
 
 
 class Stage(NamedTuple):
@@ -59,10 +60,7 @@ LEARNS = {
     "boxes": (r"^text/", r"^vision/trunk/"),
     "masks": (r"^text/", r"^vision/trunk/"),
     "all": (r"^text/",),
-    "clicks": (
-        r"^vision/(trunk|detector_neck)/",
-        r"^(text|geometry|fusion|decoder|scoring|segmentation)/",
-    ),
+    "clicks": IMAGE_MODEL,
 }
 STAGES = {
     "words": Stage("words", side=64, steps=3000, batch=64, learns="meanings"),
@@ -126,8 +124,8 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         loss.mask_points, loss.mask_weight = 1024, 20.0
         loss.semantic_weight = loss.semantic_dice_weight = 10.0
     if learns == "clicks":
-        example.clicks, example.sampling.negatives = 8, 0.0
-        config.clicks.weight, config.clicks.alone, config.clicks.corrections = 1.0, True, 2
+        example.clicks, example.sampling.negatives = 4, 0.0
+        config.clicks.weight, config.clicks.alone, config.clicks.corrections = 1.0, True, 1
         # From random values, 20 : 1 first learns that every mask is empty.
         config.clicks.loss.mask_weight = config.clicks.loss.dice_weight = 5.0
         config.init.copies = (("vision/tracker_neck/", "vision/detector_neck/"),)
@@ -141,8 +139,6 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         optimizer.vision.rate = optimizer.rest.rate = 8e-4
     if learns == "all":
         optimizer.vision.rate = 4e-4
-    if learns == "clicks":
-        optimizer.rest.rate = 2e-3
     optimizer.vision.layer_decay = 1.0
     optimizer.rate_scale = 1.0
     optimizer.beta2 = 0.99

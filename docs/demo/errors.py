@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import argparse
 import collections
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3_jax.data.pictures import load_as_annotated
-from sam3_jax.data.records import Record
+from sam3_jax.data.records import Instance
 from sam3_jax.demo.asking import GROUP, by_picture
 from sam3_jax.demo.figures import SETS, read_set
 from sam3_jax.inference.image import ImagePredictor
+from sam3_jax.inference.postprocess import Detections
 from sam3_jax.inference.prompts import Prompt
+from sam3_jax.inference.rle import encode_mask
 
 RIGHT, PART = 0.5, 0.15  # IoU
 SHOWN = 0.1  # least score of what counts for the best IoU
 
 
-def ious(a: Bool[np.ndarray, "n h w"], b: Bool[np.ndarray, "m h w"]) -> Float[np.ndarray, "n m"]:
-    """Intersection over union of every two masks."""
-    a, b = (x.reshape(len(x), int(np.prod(x.shape[1:]))).astype(np.float32) for x in (a, b))
-    common = a @ b.T
-    return common / np.maximum(a.sum(1)[:, None] + b.sum(1) - common, 1)
-
-
-def truth(record: Record) -> Bool[np.ndarray, "n h w"]:
-    """The masks that answer a pair."""
-    return np.stack([coco_mask.decode(i.rle).astype(bool) for i in record.answers[0].instances])
+def ious(answer: Detections, truth: Sequence[Instance]) -> Float[np.ndarray, "n m"]:
+    """Intersection over union of every answer with every object."""
+    found, right = [encode_mask(mask) for mask in answer.masks], [i.rle for i in truth]
+    overlap = coco_mask.iou(found, right, [0] * len(right))  # a list where there is no answer
+    return np.reshape(overlap, (len(found), len(right)))
 
 
 def main() -> None:
@@ -59,9 +57,9 @@ def main() -> None:
         for start in range(0, len(prompts), GROUP):
             answers = predictor.predict_many(prompts[start : start + GROUP], SHOWN)
             for record, answer in zip(records[start : start + GROUP], answers, strict=False):
-                masks = truth(record)
-                sizes += masks.sum((1, 2)).tolist()
-                overlap = ious(answer.masks, masks)
+                truth = record.answers[0].instances
+                sizes += [instance.area for instance in truth]
+                overlap = ious(answer, truth)
                 best += overlap.max(0, initial=0.0).tolist()
                 overlap = overlap[answer.scores >= 0.5]
                 rows, columns = linear_sum_assignment(-overlap)
