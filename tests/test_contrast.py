@@ -26,10 +26,10 @@ from sam3_jax.training.batch import Clicks, TrainBatch
 from sam3_jax.training.contrast import (
     ContrastConfig,
     contrast_loss,
-    make_contrast_step,
     region_loss,
     unused_by_contrast,
 )
+from sam3_jax.training.contrast_step import make_contrast_step
 from sam3_jax.training.state import TrainState, init_state
 from sam3_jax.training.step import Step, StepConfig
 from sam3_jax.training.targets import Targets
@@ -187,6 +187,9 @@ def test_what_cannot_be_contrasted():
     config = tiny_run.get_config()
     config.task, config.data.example.mask_size = "contrast", 0
     with pytest.raises(RunError, match=r"give data\.example\.mask_size"):
+        task_of(config)
+    config.task, config.contrast.along = "pictures", 1.0
+    with pytest.raises(RunError, match=r"contrast\.along.*give data\.example\.mask_size"):
         task_of(config)
 
 

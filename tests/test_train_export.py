@@ -87,7 +87,7 @@ def model_config() -> ModelConfig:
 @pytest.fixture(scope="module")
 def training_forward():
     module, key = Sam3(model_config(), jnp.float32), jax.random.key(0)
-    return jax.jit(lambda params, batch: forward(module, params, batch, key)[0])
+    return jax.jit(lambda params, batch: forward(module, params, batch, key).detector)
 
 
 def first_queries(out, row: int) -> RawOutput:

@@ -17,10 +17,12 @@ from sam3_jax.models.detector import Sam3, empty_geometry
 from sam3_jax.training import optimizer as optimizers
 from sam3_jax.training.batch import Clicks, TrainBatch, micro_batches, normalize
 from sam3_jax.training.clicks import ClickConfig, click_loss
+from sam3_jax.training.contrast import ContrastConfig, contrast_losses
+from sam3_jax.training.criterion import detection_loss
 from sam3_jax.training.lora import add_lora, merge
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.state import TrainState, export_params, init_state
-from sam3_jax.training.step import StepConfig, make_train_step, unused_parameters
+from sam3_jax.training.step import StepConfig, forward, make_train_step, unused_parameters
 from sam3_jax.training.targets import LossConfig, Targets
 
 IMAGES, SLOTS, SIDE, MASK = 4, 2, 112, 28
@@ -317,3 +319,30 @@ def test_the_interactive_head_alone():
     assert any(path.startswith("tracker/mask_decoder/") for path in moved)
     assert any(path.startswith("vision/tracker_neck/") for path in moved)
     assert not any(re.search(pattern, path) for path in moved for pattern in frozen)
+
+
+def test_contrast_beside_the_detector():
+    """Its losses are added, of the prompts without boxes."""
+    optimizer, batch = make_optimizer(), make_batch(2, prompts=2)
+    drawn = jnp.array([[True], [False], [False], [True]])
+    batch = batch._replace(geometry=batch.geometry._replace(box_mask=drawn))
+    contrast = ContrastConfig(along=3.0, regions=2.0)
+    state = init_state(tiny_predictor.params(), optimizer)
+    step = compiled(state, batch, optimizer=optimizer, contrast=contrast)
+    _, metrics = step(state, batch)
+    module, key = Sam3(model_config()), jax.random.key(0)  # there is nothing to draw
+
+    def losses(params: dict, batch: TrainBatch) -> tuple[jax.Array, jax.Array, dict]:
+        got = forward(module, params, batch, key)
+        alone, _ = detection_loss(got.detector, batch.targets, LossConfig(), replicas=2)
+        targets = batch.targets._replace(prompt_valid=~drawn[:, 0])
+        more, terms = contrast_losses(got.levels, got.text, batch.tokens, targets, contrast)
+        return alone, more, terms
+
+    params = tiny_predictor.params()
+    alone, more, terms = jax.jit(losses).lower(params, batch).compile(QUICK)(params, batch)
+    # float32, compiled as other programs.
+    assert float(metrics["loss"]) == pytest.approx(float(alone + 3.0 * more), rel=1e-5)
+    assert float(3.0 * more) > 1e-3 * float(alone)
+    for name, value in terms.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4), name

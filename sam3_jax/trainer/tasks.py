@@ -23,7 +23,8 @@ from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.trainer.resolve import clip_data_config, data_config, flops_per_step
 from sam3_jax.trainer.start import RunError, prepare_data, written_data
 from sam3_jax.trainer.validation import Validation, Validator
-from sam3_jax.training.contrast import make_contrast_step, unused_by_contrast
+from sam3_jax.training.contrast import unused_by_contrast
+from sam3_jax.training.contrast_step import make_contrast_step
 from sam3_jax.training.optimizer import Optimizer
 from sam3_jax.training.step import make_train_step, unused_parameters
 from sam3_jax.training.tracker_step import make_clip_step, unused_by_clips
@@ -74,6 +75,8 @@ def _processes() -> dict[str, int]:
 
 
 def _pictures(config: TrainConfig) -> Task:
+    if config.contrast.along and not config.data.example.mask_size:
+        raise RunError("contrast.along finds objects by their masks: give data.example.mask_size")
     return Task(
         prepare=lambda: prepare_data(config),
         count=lambda folder: len(open_split(folder, config.data.split)),
@@ -87,6 +90,7 @@ def _pictures(config: TrainConfig) -> Task:
             optimizer,
             dataclasses.replace(config.step, seed=config.step.seed + config.seed),
             clicks=config.clicks,
+            contrast=config.contrast,
             alpha=config.lora.alpha,
         ),
         judge=lambda model, output: Validator(

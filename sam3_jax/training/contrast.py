@@ -13,19 +13,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sam3_jax.config import ModelConfig
-from sam3_jax.models.detector import Sam3
 from sam3_jax.ops.image import resize_bilinear
 from sam3_jax.ops.losses import mask_dice, mask_focal
-from sam3_jax.sharding import constrain_batch
-from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
-from sam3_jax.training.optimizer import Optimizer
-from sam3_jax.training.state import TrainState, assemble, trainable
-from sam3_jax.training.step import Step, StepConfig
 from sam3_jax.training.targets import Targets
-from sam3_jax.training.update import Metrics, check_reached, learn
+from sam3_jax.training.update import Metrics
 from sam3_jax.types import Levels, TextFeatures
 
 
@@ -33,6 +26,7 @@ from sam3_jax.types import Levels, TextFeatures
 class ContrastConfig:
     """Constants of :func:`contrast_loss` and, where ``regions`` is not 0, :func:`region_loss`."""
 
+    along: float = 0.0  # weight of them beside the detector's own losses (task "pictures")
     temperature: float = 0.1  # the cosines are divided by
     regions: float = 0.0  # weight of the phrases' regions on the finest map
     margin: float = 0.5  # cosine from which a pixel is one of a phrase's region
@@ -47,6 +41,21 @@ def unused_by_contrast(config: ContrastConfig) -> tuple[str, ...]:
     """
     levels = "[02]" if config.regions else "2"
     return (rf"^(?!vision/trunk/|vision/detector_neck/level_{levels}_|text/)",)
+
+
+def contrast_losses(
+    levels: Levels,
+    text: TextFeatures,
+    tokens: Int[Array, "p t"],
+    targets: Targets,
+    config: ContrastConfig,
+) -> tuple[Float[Array, ""], Metrics]:
+    """What ``config`` asks for of the losses below, weighted, on the B images' levels."""
+    loss, metrics = contrast_loss(levels[-1], text, tokens, targets, config)
+    if config.regions:
+        term, more = region_loss(levels[0], text, targets, config)
+        loss, metrics = loss + config.regions * term, metrics | more
+    return loss, metrics
 
 
 def contrast_loss(
@@ -140,55 +149,3 @@ def _mean(x: Shaped[Array, "p t d"], mask: Bool[Array, "p t"]) -> Float[Array, "
 
 def _unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
-
-
-def make_contrast_step(
-    model: ModelConfig, contrast: ContrastConfig, optimizer: Optimizer, config: StepConfig
-) -> Step:
-    """The jitted step: (state, batch) -> (state, metrics); see ``make_train_step``.
-
-    Raises:
-      ValueError: at the first call, where parameters would train that the loss does not reach,
-        where the state has LoRA, or where the batch has no masks.
-    """
-
-    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        if state.lora is not None:
-            raise ValueError("contrast starts a model from random values: it has no use for LoRA")
-        if not batch.targets.masks.size:
-            raise ValueError("contrast finds objects by their masks: give data.example.mask_size")
-        batch = constrain_batch(batch)
-        train, frozen = trainable(state, optimizer)
-        check_reached(train, unused_by_contrast(contrast))
-
-        def losses(train: dict, batch: TrainBatch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-            prompts_per_image(batch)
-            module = Sam3(model, jnp.dtype(config.dtype))
-
-            def run(module: Sam3) -> tuple[Levels, TextFeatures]:
-                pixels = normalize(batch.images)
-                image = module.encode_image(pixels, tracker=False, deterministic=False)
-                return image.detector, module.encode_text(batch.tokens)
-
-            levels, text = module.apply(
-                {"params": assemble(train, frozen, lora=False, alpha=0.0)},
-                rngs={"dropout": key},
-                method=run,
-            )
-            loss, metrics = contrast_loss(levels[-1], text, batch.tokens, batch.targets, contrast)
-            if contrast.regions:
-                term, more = region_loss(levels[0], text, batch.targets, contrast)
-                loss, metrics = loss + contrast.regions * term, metrics | more
-            return loss, metrics
-
-        return learn(
-            state,
-            batch,
-            losses,
-            micro_batches,
-            optimizer,
-            seed=config.seed,
-            accumulate=config.accumulate,
-        )
-
-    return jax.jit(step, donate_argnums=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from sam3_jax.models.detector import Sam3
 from sam3_jax.sharding import constrain_batch
 from sam3_jax.training.batch import TrainBatch, micro_batches, normalize, prompts_per_image
 from sam3_jax.training.clicks import ClickConfig, click_loss
+from sam3_jax.training.contrast import ContrastConfig, contrast_losses
 from sam3_jax.training.criterion import detection_loss
 from sam3_jax.training.optimizer import IMAGE_MODEL, MEMORY, TRACKER, Optimizer
 from sam3_jax.training.state import TrainState, assemble, trainable
 from sam3_jax.training.targets import LossConfig
 from sam3_jax.training.update import Metrics, check_reached, learn
-from sam3_jax.types import ClickOutput, ClickPrompt, GroundOutput, Levels
+from sam3_jax.types import ClickOutput, ClickPrompt, GroundOutput, Levels, TextFeatures
 
 Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
@@ -62,6 +64,7 @@ def make_train_step(
     config: StepConfig,
     *,
     clicks: ClickConfig | None = None,
+    contrast: ContrastConfig | None = None,
     alpha: float = 0.0,
 ) -> Step:
     """The jitted step: (state, batch) -> (state, metrics). It takes the state's memory over.
@@ -75,13 +78,15 @@ def make_train_step(
 
     Args:
       clicks: training of the interactive head; None: it does not train.
+      contrast: its losses besides, where ``contrast.along`` is not 0. Prompts with boxes are left
+        out of them: what their phrase says may name nothing ("visual").
       alpha: of LoRA, where the state has it.
 
     Raises:
       ValueError: at the first call, where parameters would train that the loss does not reach, or
         where the batch does not fit.
     """
-    clicks = clicks or ClickConfig()
+    clicks, contrast = clicks or ClickConfig(), contrast or ContrastConfig()
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         batch = constrain_batch(batch)
@@ -94,20 +99,30 @@ def make_train_step(
             module = Sam3(model, jnp.dtype(config.dtype))
             interactive = clicks.weight > 0
             alone = interactive and clicks.alone
-            out, levels = forward(
-                module, params, batch, dropout, detector=not alone, tracker=interactive
-            )
+            got = forward(module, params, batch, dropout, detector=not alone, tracker=interactive)
             replicas = max(1, len(batch.images) // config.images_per_replica)
             total, terms = jnp.float32(0), {}
-            if out is not None:
+            if got.detector is not None:
                 total, terms = detection_loss(
-                    out, batch.targets, loss, matcher=config.matcher, replicas=replicas, key=draw
+                    got.detector,
+                    batch.targets,
+                    loss,
+                    matcher=config.matcher,
+                    replicas=replicas,
+                    key=draw,
                 )
-            if levels is None:
+                if contrast.along:
+                    spoken = batch.targets.prompt_valid & ~batch.geometry.box_mask.any(-1)
+                    targets = batch.targets._replace(prompt_valid=spoken)
+                    more, named = contrast_losses(
+                        got.levels, got.text, batch.tokens, targets, contrast
+                    )
+                    total, terms = total + contrast.along * more, terms | named
+            if got.tracker is None:
                 return total, terms
 
             def click(prompt: ClickPrompt) -> ClickOutput:
-                return module.apply({"params": params}, levels, prompt, None, method="click")
+                return module.apply({"params": params}, got.tracker, prompt, None, method="click")
 
             more, click_terms = click_loss(
                 click,
@@ -133,6 +148,15 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+class Forward(NamedTuple):
+    """What :func:`forward` computed: ``detector`` of each prompt, ``tracker`` of each object."""
+
+    detector: GroundOutput | None
+    tracker: Levels | None
+    levels: Levels  # the detector's, of each image
+    text: TextFeatures | None
+
+
 def forward(
     module: Sam3,
     params: dict,
@@ -141,7 +165,7 @@ def forward(
     *,
     detector: bool = True,
     tracker: bool = False,
-) -> tuple[GroundOutput | None, Levels | None]:
+) -> Forward:
     """The detector as it trains: with dropout, drop path and one-to-many queries.
 
     Besides, with ``tracker``, the interactive head's pyramids of each object to click on.
@@ -152,10 +176,10 @@ def forward(
         # Repeating, unlike indexing, needs nothing from other devices.
         return tuple(jnp.repeat(level, count, axis=0) for level in levels)
 
-    def run(module: Sam3) -> tuple[GroundOutput | None, Levels | None]:
+    def run(module: Sam3) -> Forward:
         pixels = normalize(batch.images)
         image = module.encode_image(pixels, tracker=tracker, deterministic=False)
-        out = None
+        out = text = None
         if detector:
             text = module.encode_text(batch.tokens)
             levels = for_each(image.detector, prompts)
@@ -163,6 +187,7 @@ def forward(
                 levels, text, batch.geometry, None, None, dac=True, deterministic=False
             )
         objects = batch.clicks.valid.shape[1]
-        return out, for_each(image.tracker, objects) if tracker else None
+        pyramids = for_each(image.tracker, objects) if tracker else None
+        return Forward(out, pyramids, image.detector, text)
 
     return module.apply({"params": params}, rngs={"dropout": key}, method=run)
