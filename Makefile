@@ -28,7 +28,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/demo.stamp  ## find things in drawn pictures (needs trained weights: sam3_jax/demo/bundle.py)
+demo: .venv/demo.stamp  ## find things in pictures, with the weights that the package brings
 	$(BIN)/python -m sam3_jax.demo --output demo
 
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs

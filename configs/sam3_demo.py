@@ -2,7 +2,7 @@
 
     python -m sam3_jax.demo.dataset data/shapes
     python train.py --config=configs/sam3_demo.py:words --cpu_devices=2
-    ... and so on with :scenes, :boxes, :masks, :regions, :all, :regions2, :all2, :clicks
+    ... and so on with :scenes, :boxes, :masks, :regions, :all, :regions2, :all2, :pointing, :clicks
 
 Each stage begins with the model of the one before:
 
@@ -18,7 +18,8 @@ Each stage begins with the model of the one before:
 - ``regions2``: as ``regions``, with half of the pictures grey;
 - ``all2``: as ``all``, with contrast and regions beside it, and losses that part an object's best
   answer from its others;
-- ``clicks``: the interactive head on the image model as it is.
+- ``pointing``: the interactive head, on the image model as it is, learns where a click is;
+- ``clicks``: and then which object it is on.
 
 The losses are the released ones, of other weights. A fifth of the phrases that name a colour and a
 shape is replaced by a box around one of their objects, so that "the same colour and shape" is what
@@ -66,12 +67,23 @@ LEARNS = {
     "all": (r"^text/",),
     "clicks": IMAGE_MODEL,
 }
-# Where queries and keys begin as one projection, a click attends to what is near it from the start:
-# both carry the same code of their positions.
-CROSSINGS = ("blocks_0/token_to_image", "blocks_0/image_to_token", "blocks_1/token_to_image")
-CROSSINGS += ("blocks_1/image_to_token", "final_attn")
-LIKE_WITH_LIKE = tuple(
-    (f"tracker/mask_decoder/{name}/q/", f"tracker/mask_decoder/{name}/k/") for name in CROSSINGS
+# How the interactive head begins: what a click is near to is seen from the start. Queries and keys
+# are one projection, so that the codes of like positions attend to each other (and every token to
+# itself: all would look the same after the first layer); what the image reads of tokens, and what
+# masks are made of, is larger than random values leave it.
+SELF = ("blocks_0/self_attn", "blocks_1/self_attn")
+ACROSS = ("blocks_0/token_to_image", "blocks_0/image_to_token", "final_attn")
+ACROSS += ("blocks_1/token_to_image", "blocks_1/image_to_token")
+HEAD = "tracker/mask_decoder"
+COPIES = (
+    ("vision/tracker_neck/", "vision/detector_neck/"),
+    *((f"{HEAD}/{name}/q/", f"{HEAD}/{name}/k/") for name in SELF + ACROSS),
+)
+SCALES = (
+    (rf"^{HEAD}/({'|'.join(SELF)})/[qk]/kernel$", 1.5),
+    (rf"^{HEAD}/({'|'.join(ACROSS)})/[qk]/kernel$", 2.0),
+    (rf"^{HEAD}/blocks_./image_to_token/out/kernel$", 4.0),
+    (rf"^{HEAD}/(upscale_.|hypernetworks_./layer_.)/kernel$", 2.0),
 )
 STAGES = {
     "words": Stage("words", side=64, steps=3000, batch=64, learns="meanings"),
@@ -87,9 +99,10 @@ STAGES = {
 }
 STAGES["regions2"] = STAGES["regions"]._replace(steps=1500, gray=0.5, seed=11)
 STAGES["all2"] = STAGES["all"]._replace(gray=0.3, seed=12)
-STAGES["clicks"] = Stage(
-    "train", side=256, steps=1500, batch=8, learns="clicks", phrases=4, fine=True, seed=13
+STAGES["pointing"] = Stage(
+    "train", side=256, steps=120, batch=8, learns="clicks", phrases=4, fine=True, seed=13
 )
+STAGES["clicks"] = STAGES["pointing"]._replace(steps=1100, seed=14)
 
 
 def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
@@ -148,7 +161,9 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         config.clicks.weight, config.clicks.alone, config.clicks.corrections = 1.0, True, 1
         # From random values, 20 : 1 first learns that every mask is empty.
         config.clicks.loss.mask_weight = config.clicks.loss.dice_weight = 5.0
-        config.init.copies = (("vision/tracker_neck/", "vision/detector_neck/"), *LIKE_WITH_LIKE)
+    if stage == "pointing":
+        config.clicks.disc, config.clicks.corrections = 28.0, 0
+        config.init.copies, config.init.scales = COPIES, SCALES
 
     optimizer = config.optimizer
     optimizer.freeze = LEARNS[learns]
@@ -159,15 +174,18 @@ def get_config(stage: str = "words", data: str = "data/shapes") -> TrainConfig:
         optimizer.vision.rate = optimizer.rest.rate = 8e-4
     if learns == "all":
         optimizer.vision.rate = 4e-4
+    if learns == "clicks":
+        optimizer.vision.rate = optimizer.rest.rate = 3e-3
     optimizer.vision.layer_decay = 1.0
     optimizer.rate_scale = 1.0
     optimizer.beta2 = 0.99
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0
-    optimizer.ema = 0.999
+    optimizer.ema = {"pointing": 0.9, "clicks": 0.99}.get(stage, 0.999)
     optimizer.schedule.kind = "cosine"
     started = stage in ("words", "scenes", "boxes")
-    optimizer.schedule.warmup = 200 if started else 50 if fine else 100
+    warmup = 200 if started else 50 if fine else 100
+    optimizer.schedule.warmup = 30 if learns == "clicks" else warmup
     config.step.dtype = "float32"
 
     config.checkpoint.every = 250

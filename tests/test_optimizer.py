@@ -18,7 +18,7 @@ from sam3_jax import config as model_config
 from sam3_jax.convert.table import build_table
 from sam3_jax.models.detector import init_shapes
 from sam3_jax.training import optimizer as lib
-from sam3_jax.training.init_from import copy_within, init_from
+from sam3_jax.training.init_from import copy_within, init_from, scale_within
 from sam3_jax.training.lora import add_lora, input_axes, merge
 from sam3_jax.training.state import export_params, init_state
 
@@ -309,3 +309,14 @@ def test_one_part_begins_as_another():
     for pair in (("vision/other/", "vision/nekc/"), ("nothing/", "no/"), ("text/", "vision/neck/")):
         with pytest.raises(ValueError, match=f"'{pair[0]}' and '{pair[1]}' must be prefixes"):
             copy_within(params, [pair])
+
+
+def test_parts_begin_larger():
+    """Every pattern counts; what none matches is the same array."""
+    params = {"head": {"q": np.ones(2), "k": np.full(2, 3.0)}, "trunk": np.ones(3)}
+    out = scale_within(params, [("^head/", 2.0), ("q$", 5.0)])
+    np.testing.assert_array_equal(out["head"]["q"], [10, 10])
+    np.testing.assert_array_equal(out["head"]["k"], [6, 6])
+    assert out["trunk"] is params["trunk"]
+    with pytest.raises(ValueError, match=r"no parameter's path matches '\^tail/'"):
+        scale_within(params, [("^tail/", 2.0)])

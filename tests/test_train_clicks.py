@@ -12,6 +12,7 @@ import tiny_predictor
 from sam3_jax.models.detector import Sam3
 from sam3_jax.training.batch import Clicks
 from sam3_jax.training.clicks import ClickConfig, click_loss, correct
+from sam3_jax.types import ClickOutput
 
 SIDE, MASK = 112, 28
 QUICK = {"xla_backend_optimization_level": 0}
@@ -44,6 +45,30 @@ def test_corrections_fall_where_the_prediction_is_wrong():
         seen.add(tuple(np.asarray(points[0])))
     assert len(seen) > 10  # drawn anew each time
     np.testing.assert_allclose(np.array(list(seen)) % 4, 2, atol=1e-4)  # middles of 4 x 4 pixels
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_discs_take_the_objects_places(valid: bool):
+    """A perfect answer to "what is near the first point", not to the object, has no loss."""
+    points = jnp.asarray([[[30.0, 50.0], [0, 0]], [[90.0, 10.0], [5, 5]]])
+    row, column = np.mgrid[:MASK, :MASK] * 4 + 2
+    near = np.stack([np.hypot(column - x, row - y) < 20 for x, y in ((30, 50), (90, 10))])
+    objects = np.stack([square(0, 0, 9, 9), square(3, 3, 20, 20)])
+    yes = jnp.full((1, 2), valid)
+    clicks = Clicks(points[None], jnp.full((1, 2, 2), -2).at[..., 0].set(1), objects[None], yes)
+
+    def answer(prompt) -> ClickOutput:
+        masks = jnp.asarray(np.where(near, 20.0, -20.0), jnp.float32)[:, None].repeat(4, axis=1)
+        return ClickOutput(masks, jnp.ones((2, 4)), jnp.full(2, 20.0), jnp.zeros((2, 4, 8)))
+
+    config = ClickConfig(weight=1.0, corrections=0, disc=20.0)
+    key = jax.random.key(0)
+    total, terms = click_loss(answer, clicks, config, key, frame=SIDE, mask_side=MASK)
+    assert float(terms["click_first_iou"]) == valid
+    assert float(total) == pytest.approx(0, abs=1e-3)  # of logits of 20
+    config.disc = 0.0
+    total, _ = click_loss(answer, clicks, config, key, frame=SIDE, mask_side=MASK)
+    assert (float(total) > 1) == valid
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,10 @@ def test_a_checkpoint_brings_its_sizes_and_the_configuration_its_training():
     assert released.image_size == 1008  # as it was
 
 
+DEMO_STAGES = ("words", "scenes", "boxes", "masks", "regions", "all", "regions2", "all2")
+DEMO_STAGES += ("pointing", "clicks")
+
+
 def test_the_configurations_in_the_repository():
     """Every variant says things that the loop can do."""
     import runpy
@@ -229,7 +233,8 @@ def test_the_configurations_in_the_repository():
         ("sam3_finetune", ("masks", "boxes", "lora")),
         ("sam3_tpu", ("stage2", "stage3")),
         ("sam3_gpu", (None,)),
-        ("sam3_demo", ("words", "scenes", "boxes", "masks", "regions", "all", "clicks")),
+        ("sam3_demo", DEMO_STAGES),
+        ("sam3_demo_finetune", (None,)),
         ("sam3_tracker", ("clips", "long")),
         ("sam3_demo_tracker", (None,)),
     ):

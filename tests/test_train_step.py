@@ -321,6 +321,7 @@ def test_the_interactive_head_alone():
     assert not any(re.search(pattern, path) for path in moved for pattern in frozen)
 
 
+@pytest.mark.slow
 def test_contrast_beside_the_detector():
     """Its losses are added, of the prompts without boxes."""
     optimizer, batch = make_optimizer(), make_batch(2, prompts=2)

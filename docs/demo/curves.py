@@ -19,6 +19,9 @@ STAGES = {
     "masks": ("class", "presence", "giou", "dice"),
     "regions": ("contrast", "named", "regions"),
     "all": ("class", "presence", "giou", "dice"),
+    "regions2": ("contrast", "named", "regions"),
+    "all2": ("class", "presence", "giou", "dice"),
+    "pointing": ("click_first_iou",),
     "clicks": ("click_first_iou", "click_last_iou"),
 }
 KEPT = ("kind", "step", "steps", "time", "step_s", "loss", "grad_norm", "rate")

@@ -41,12 +41,14 @@ class InitConfig:
 
     ``prefixes``: of what is taken from it, such as ("vision/trunk/",) for the backbone alone; what
     is not is random. ``copies``: pairs (to, from) of parts of which one then begins as the other,
-    such as (("vision/tracker_neck/", "vision/detector_neck/"),).
+    such as (("vision/tracker_neck/", "vision/detector_neck/"),). ``scales``: pairs (pattern of
+    paths, factor), by which values are multiplied after that.
     """
 
     checkpoint: str = ""
     prefixes: tuple[str, ...] = ("",)
     copies: tuple[tuple[str, str], ...] = ()
+    scales: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass

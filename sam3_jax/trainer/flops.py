@@ -120,9 +120,9 @@ def forward_flops(
     batch = _batch(model, images, prompts, tokens, boxes, objects)
 
     def detect(params: dict, batch: TrainBatch) -> tuple[tuple, Levels | None]:
-        out, levels = forward(
-            module, params, batch, jax.random.key(0), detector=not alone, tracker=rounds > 0
-        )
+        key = jax.random.key(0)
+        got = forward(module, params, batch, key, detector=not alone, tracker=rounds > 0)
+        out, levels = got.detector, got.tracker
         if out is None:
             return (), levels
         heads = (out.layer_logits, out.layer_boxes, out.layer_presence)

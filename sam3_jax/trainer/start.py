@@ -19,7 +19,7 @@ from sam3_jax.data.builder import Source, digest_of, prepare
 from sam3_jax.models.detector import init_params, init_shapes
 from sam3_jax.sharding import on_one_device, param_shardings
 from sam3_jax.trainer.config import InitConfig, SplitConfig, TrainConfig
-from sam3_jax.training.init_from import copy_within, init_from
+from sam3_jax.training.init_from import copy_within, init_from, scale_within
 
 
 class RunError(Exception):
@@ -130,9 +130,10 @@ def initial(
     """
     origin = _origin(init, wanted, resolution, seed, mesh)
     try:
-        return origin._replace(params=copy_within(origin.params, init.copies))
+        params = copy_within(origin.params, init.copies)
+        return origin._replace(params=scale_within(params, init.scales))
     except ValueError as error:
-        raise RunError(f"init.copies: {error}") from error
+        raise RunError(f"init: {error}") from error
 
 
 def _origin(

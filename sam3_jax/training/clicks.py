@@ -31,11 +31,16 @@ class ClickConfig:
 
     ``weight`` multiplies its loss; 0: the head does not train. ``alone``: nothing else does, and
     the detector is not run. ``corrections``: clicks after the first prompt, the paper's 7.
+
+    ``disc``: radius in pixels; if not 0, a disc around the first point takes the object's place. A
+    head from random values learns by it where a click is: from objects it first learns masks of
+    everything that may be one, and stays there for long.
     """
 
     weight: float = 0.0
     alone: bool = False
     corrections: int = 7
+    disc: float = 0.0
     loss: InteractiveLossConfig = field(default_factory=InteractiveLossConfig)
 
 
@@ -64,6 +69,8 @@ def click_loss(
     ``click_first_iou`` and ``click_last_iou`` besides: the chosen masks' mean IoU.
     """
     clicks = Clicks(*(rearrange(x, "b c ... -> (b c) ...") for x in clicks))
+    if config.disc:
+        clicks = clicks._replace(masks=_discs(clicks, config.disc, frame))
     slots = ((0, 0), (0, config.corrections))
     points = jnp.pad(clicks.points.astype(jnp.float32), (*slots, (0, 0)))
     labels = jnp.pad(clicks.labels, slots, constant_values=-2)
@@ -118,6 +125,15 @@ def correct(
     xy = jnp.stack([(column + 0.5) / width, (row + 0.5) / height], axis=1)
     label = jnp.take_along_axis(goal, index[:, None], axis=1)[:, 0]
     return xy * frame, label.astype(jnp.int32)
+
+
+def _discs(clicks: Clicks, radius: float, frame: int) -> Bool[Array, "p h w"]:
+    """Where the frame is nearer than ``radius`` to each first point."""
+    height, width = clicks.masks.shape[1:]
+    y, x = ((jnp.arange(size) + 0.5) * frame / size for size in (height, width))
+    at = clicks.points[:, 0].astype(jnp.float32)
+    across, down = x - at[:, :1], y - at[:, 1:]
+    return jnp.square(down)[:, :, None] + jnp.square(across)[:, None] < radius**2
 
 
 def _chosen(out: ClickOutput, multimask: Bool[Array, " p"]) -> Float[Array, "p h w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -83,6 +84,26 @@ def copy_within(params: dict, copies: Sequence[Sequence[str]]) -> dict:
         # Copies: a step that is given the same buffer twice cannot take it over.
         values |= {target + rest: jnp.copy(values[source + rest]) for rest in parts[0]}
     return jax.tree_util.tree_map_with_path(lambda path, _: values[path_of(path)], params)
+
+
+def scale_within(params: dict, scales: Sequence[tuple[str, float]]) -> dict:
+    """``params`` with some values multiplied: pairs of a pattern of paths and a factor.
+
+    Raises:
+      ValueError: where a pattern finds nothing.
+    """
+    paths = list(_flatten(params))
+    for pattern, _ in scales:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"scale_within: no parameter's path matches {pattern!r}")
+
+    def scaled(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
+        for pattern, factor in scales:
+            if re.search(pattern, path_of(path)):
+                leaf = leaf * factor
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def resize_table(
