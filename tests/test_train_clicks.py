@@ -52,8 +52,8 @@ def test_discs_take_the_objects_places(valid: bool):
     """A perfect answer to "what is near the first point", not to the object, has no loss."""
     points = jnp.asarray([[[30.0, 50.0], [0, 0]], [[90.0, 10.0], [5, 5]]])
     row, column = np.mgrid[:MASK, :MASK] * 4 + 2
-    near = np.stack([np.hypot(column - x, row - y) < 20 for x, y in ((30, 50), (90, 10))])
-    objects = np.stack([square(0, 0, 9, 9), square(3, 3, 20, 20)])
+    near = np.stack([np.hypot(column - x, row - y) < 19 for x, y in ((30, 50), (90, 10))])
+    objects = jnp.asarray(np.stack([square(0, 0, 9, 9), square(3, 3, 20, 20)]))
     yes = jnp.full((1, 2), valid)
     clicks = Clicks(points[None], jnp.full((1, 2, 2), -2).at[..., 0].set(1), objects[None], yes)
 
@@ -61,7 +61,7 @@ def test_discs_take_the_objects_places(valid: bool):
         masks = jnp.asarray(np.where(near, 20.0, -20.0), jnp.float32)[:, None].repeat(4, axis=1)
         return ClickOutput(masks, jnp.ones((2, 4)), jnp.full(2, 20.0), jnp.zeros((2, 4, 8)))
 
-    config = ClickConfig(weight=1.0, corrections=0, disc=20.0)
+    config = ClickConfig(weight=1.0, corrections=0, disc=19.0)
     key = jax.random.key(0)
     total, terms = click_loss(answer, clicks, config, key, frame=SIDE, mask_side=MASK)
     assert float(terms["click_first_iou"]) == valid
