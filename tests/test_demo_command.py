@@ -104,10 +104,10 @@ def test_pictures_ask_by_text_box_and_click_and_what_is_right(pictures):
     asked = {q.name: (p, q) for p in pictures for q in p.questions}
     assert tuple(asked) == tuple(NAMES)
     texts = {name: q.text for name, (_, q) in asked.items() if q.text}
-    assert texts["ring"] == "small purple ring"
-    assert tuple(texts["unseen"].split()) in UNSEEN
+    assert texts["ring"] == "yellow ring"
+    assert tuple(texts["unseen"].split()[1:]) in UNSEEN
     assert asked["absent"][1].count == 0
-    assert asked["count"][1].count > 12
+    assert asked["count"][1].count > 3
     for name, (picture, one) in asked.items():
         prompts = [one.text is not None, one.box is not None, one.point is not None]
         assert sum(prompts) == 1

@@ -50,20 +50,19 @@ class Picture(NamedTuple):
 
 def draw_pictures() -> list[Picture]:
     """All of them, in the order in which they are shown."""
-    heart = Query(color="yellow", shape="heart")
+    star = Query(color="blue", shape="star")
     return [
-        _scene("ring", "test", 2, Query(shape="ring")),
-        _scene("small", "test", 21, Query(size="small", color="green", shape="circle")),
+        _scene("ring", "test", 6, Query(color="yellow", shape="ring")),
         _scene("texture", "test", 19, Query(texture="striped", shape="circle")),
         _scene("digit", "test", 9, Query(shape="four"), note="handwritten"),
         _scene(
             "unseen",
             "unseen",
             23,
-            Query(color="red", shape="crescent"),
+            Query(size="small", color="red", shape="crescent"),
             note="never together in training",
         ),
-        _scene("count", "test", 17, Query(shape="heart"), shown="how many: heart"),
+        _scene("count", "test", 2, Query(shape="ring"), shown="how many: ring"),
         _scene("absent", "test", 22, Query(color="green", shape="circle"), note="is not there"),
         _scene(
             "exemplar",
@@ -73,7 +72,7 @@ def draw_pictures() -> list[Picture]:
             kind="box",
             shown=BOX,
         ),
-        _scene("click", "test", 6, heart, kind="point", shown=CLICK),
+        _scene("click", "unseen", 3, star, kind="point", shown=CLICK),
         _coins(),
     ]
 
