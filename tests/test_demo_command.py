@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sam3_jax
 import tiny_predictor
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
@@ -324,3 +325,9 @@ def test_ten_pictures_of_coins(tmp_path, capsys):
         assert shown == set(range(8))  # the last two show grass and gravel
     assert coins.main([str(tmp_path / "coins")]) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_bundled_clicks_alone_do_not_follow_videos(run_model, tmp_path):
+    bundle.bundle(run_model, tmp_path / "weights", parts=["image", "clicks"])
+    with pytest.raises(RuntimeError, match=r"no weights for this \(tracker/memory_encoder\)"):
+        sam3_jax.VideoPredictor.from_pretrained(tmp_path / "weights")

@@ -114,9 +114,13 @@ class Engine:
         """A checkpoint may hold a part of the model only.
 
         Raises:
-          RuntimeError: when it lacks the parameters of ``module``.
+          RuntimeError: when it lacks the parameters of ``module``, such as "tracker" or
+            "tracker/memory_encoder".
         """
-        if module not in self.params:
+        held = self.params
+        for name in module.split("/"):
+            held = held.get(name, {})
+        if not held:
             raise RuntimeError(
                 f"the checkpoint has no weights for this ({module}): convert the source again "
                 f"with --part all or --part {part}"

@@ -79,7 +79,7 @@ class VideoPredictor:
             if video not in NAMED:
                 raise ValueError(f"video must be one of {', '.join(NAMED)}, got {video!r}")
             video = NAMED[video]()
-        engine.require("tracker", part="tracker")
+        engine.require("tracker/memory_encoder", part="tracker")
         self.engine = engine
         self.video = checked(video, engine.config.memory.num_maps)
         self._programs = Programs(
