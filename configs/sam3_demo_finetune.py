@@ -30,7 +30,7 @@ def get_config(data: str = "data/coins") -> TrainConfig:
 
     example = config.data.example
     example.augment.resolution = example.augment.max_side = SIDE
-    example.augment.min_side, example.augment.side_step = 3 * SIDE // 4, 8
+    example.augment.min_side, example.augment.side_step = SIDE // 2, 8
     example.augment.flip = 0.5
     example.augment.brightness = example.augment.contrast = 0.2
     example.mask_size = SIDE // 2

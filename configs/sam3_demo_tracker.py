@@ -1,13 +1,18 @@
 """Trains the tracker of the demo's small model on clips of moving shapes and digits.
 
     python -m sam3_jax.demo.clips data/clips
-    python train.py --config=configs/sam3_demo_tracker.py \\
+    python train.py --config=configs/sam3_demo_tracker.py:near \\
         --config.init.checkpoint=runs/sam3_demo_clicks/model
+    python train.py --config=configs/sam3_demo_tracker.py:clips
 
-The checkpoint is that of ``configs/sam3_demo.py:clicks``: its trunk is frozen, its interactive head
-is where the tracker's begins. Clips have 5 frames of 2 objects at 256 pixels; frames may be up to 3
-apart, so that objects leave and come back within a clip. Few corrections, as the head has learned
-them from pictures.
+The first checkpoint is that of ``configs/sam3_demo.py:clicks``: its trunk and necks stay as they
+are, its interactive head is where the tracker's begins. Stages:
+
+- ``near``: two frames, the first with masks: where objects went;
+- ``clips``: 5 frames, prompted by masks, points and boxes.
+
+Frames are up to 3 apart, so that objects leave and come back within a clip. Few corrections, as the
+head has learned them from pictures.
 
 Hardware: two cores of a CPU and 4 GB.
 """
@@ -16,33 +21,55 @@ from __future__ import annotations
 
 from sam3_jax.config import demo
 from sam3_jax.trainer.config import TrainConfig
-from sam3_jax.training.optimizer import tracking
+from sam3_jax.training.optimizer import IMAGE_MODEL, tracking
+
+STAGES = ("near", "clips")
+# How memory attention begins: with equal biases of queries and keys, which are rotated by where
+# they are, each cell looks at the same place and its neighbours. (Of random values cells look
+# everywhere alike.)
+NEAR = ((r"^tracker/memory_attention/layer_./cross_attn/[qk]/bias$", 2.0),)
 
 
-def get_config(data: str = "data/clips") -> TrainConfig:
-    """The configuration; ``data`` is the folder that ``sam3_jax.demo.clips`` wrote."""
-    config = TrainConfig(task="tracker", output="runs/sam3_demo_tracker", steps=700, batch_size=2)
+def get_config(stage: str = "clips", data: str = "data/clips") -> TrainConfig:
+    """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.clips`` wrote."""
+    if stage not in STAGES:
+        raise ValueError(f"sam3_demo_tracker has no stage {stage!r}: {', '.join(STAGES)}")
+    near = stage == "near"
+    config = TrainConfig(task="tracker", output=f"runs/sam3_demo_tracker_{stage}")
+    config.steps, config.batch_size = (200, 4) if near else (900, 2)
     config.model = demo()
     config.train.annotations = f"{data}/train/annotations.json"
     config.valid.annotations = f"{data}/valid"
     config.data.threads = 1
+    if near:
+        config.init.fills = NEAR
+    else:
+        config.init.checkpoint = "runs/sam3_demo_tracker_near/model"
 
     clips = config.clips
-    clips.frames, clips.max_stride, clips.objects = 5, 3, 2
+    clips.frames, clips.max_stride, clips.objects = 2 if near else 5, 3, 2
     clips.resolution, clips.mask_size = 256, 128
     clips.flip = clips.affine = clips.gray = 0.0  # digits are not mirrored; objects turn anyway
     clips.brightness = clips.contrast = 0.2
 
     # The head has learned to be corrected; what is measured is tracking.
-    config.tracker.prompting.corrections = 1
     config.tracker.told_frames = 16
+    prompting = config.tracker.prompting
+    prompting.corrections = 0 if near else 1
+    if near:
+        prompting.mask, prompting.box = 1.0, 0.0
+        prompting.second_prompt = prompting.second_correction = 0.0
+    # As for clicks: with 20 : 1 masks become empty first.
+    config.tracker.loss.mask_weight = config.tracker.loss.dice_weight = 5.0
 
     config.optimizer = optimizer = tracking()
-    optimizer.rest.rate = optimizer.vision.rate = 1e-3
+    optimizer.freeze = (*IMAGE_MODEL, r"^vision/tracker_neck/")
+    optimizer.rest.rate = 2e-3 if near else 1e-3
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0
-    optimizer.ema = 0.99
-    optimizer.schedule.warmup = 50
+    optimizer.beta2 = 0.99
+    optimizer.ema = 0.95 if near else 0.99
+    optimizer.schedule.warmup = 30
     config.step.dtype = "float32"
 
     config.checkpoint.best = "J&F"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,6 +71,22 @@ def test_held_out_clips_are_what_the_measures_read(tmp_path, monkeypatch):
                 np.testing.assert_array_equal(labels == label, truth[t][n])
     before = file.stat().st_mtime_ns
     assert clips.write_clips(tmp_path / "valid", "valid", 2)[0].stat().st_mtime_ns == before
+
+
+def test_a_clip_as_a_video(tmp_path, monkeypatch):
+    """The file holds the movie's frames; H.264 changes a pixel by a few levels."""
+    monkeypatch.setitem(clips.LENGTHS, "test", 5)
+    movie = clips.write_video(tmp_path / "clip.mp4", "test", 2, seed=7)
+    assert movie == motion.make_movie("test", 2, 5, seed=7)
+    drawn = motion.pictures_of(movie, "test", 2, seed=7)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].average_rate == clips.RATE
+        read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(read) == len(drawn) == 5
+    for ours, theirs in zip(read, drawn, strict=True):
+        assert np.abs(ours.astype(int) - theirs).mean() < 6
+    with pytest.raises(OSError, match="clip.mp4"):
+        clips.write_video(tmp_path / "clip.mp4" / "clip.mp4", "test", 2, seed=7)
 
 
 def test_training_clips_have_every_object(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from sam3_jax import config as model_config
 from sam3_jax.convert.table import build_table
 from sam3_jax.models.detector import init_shapes
 from sam3_jax.training import optimizer as lib
-from sam3_jax.training.init_from import copy_within, init_from, scale_within
+from sam3_jax.training.init_from import copy_within, fill_within, init_from, scale_within
 from sam3_jax.training.lora import add_lora, input_axes, merge
 from sam3_jax.training.state import export_params, init_state
 
@@ -320,3 +320,15 @@ def test_parts_begin_larger():
     assert out["trunk"] is params["trunk"]
     with pytest.raises(ValueError, match=r"no parameter's path matches '\^tail/'"):
         scale_within(params, [("^tail/", 2.0)])
+
+
+def test_parts_begin_with_a_constant():
+    """The last pattern wins; shapes and dtypes stay."""
+    params = {"head": {"q": np.ones(2, np.float16), "k": np.full(2, np.nan)}, "trunk": np.ones(3)}
+    out = fill_within(params, [("^head/", 2.0), ("q$", 5.0)])
+    np.testing.assert_array_equal(out["head"]["q"], np.full(2, 5, np.float16))
+    assert out["head"]["q"].dtype == np.float16
+    np.testing.assert_array_equal(out["head"]["k"], [2, 2])
+    assert out["trunk"] is params["trunk"]
+    with pytest.raises(ValueError, match=r"fill_within: no parameter's path matches '\^tail/'"):
+        fill_within(params, [("^tail/", 2.0)])

@@ -635,10 +635,10 @@ def test_order_of_calls(predictor, monkeypatch):
 def test_parts_that_a_checkpoint_lacks_are_named(predictor, monkeypatch):
     engine, params = predictor.engine, predictor.engine.params
     monkeypatch.setattr(engine, "params", {k: v for k, v in params.items() if k != "tracker"})
-    with pytest.raises(RuntimeError, match="--part all or --part tracker"):
+    with pytest.raises(RuntimeError, match="converted with --part all or --part tracker"):
         predictor.predict_points([(1, 1)])
     monkeypatch.setattr(engine, "params", {k: params[k] for k in ("vision", "tracker")})
-    with pytest.raises(RuntimeError, match="--part all or --part image"):
+    with pytest.raises(RuntimeError, match="converted with --part all or --part image"):
         predictor.predict("cup")
 
 

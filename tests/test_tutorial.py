@@ -65,7 +65,6 @@ def test_every_block(tmp_path):
     assert figures(out / "figures")["segm/cgF1"] > 0
     before, after = figures(out / "before"), figures(out / "after")
     assert before["segm/cgF1"] < 0.1  # "coin" is a word of random values
-    assert after["segm/cgF1"] > 0.1
-    assert after["segm/cgF1@0.5"] > 0.3
+    assert after["segm/cgF1"] > 0.3
     found = json.loads((out / "coin" / "results.json").read_text())["annotations"]
-    assert len(found) > 4  # of 24, which look smaller here than in the crops that it learned from
+    assert len(found) > 12  # of 24, half of which were trained on

@@ -30,6 +30,7 @@ training, validation or test set, and in a real photograph.
 OUTPUT/*.png          every answer: what was found in its colours, the rest dimmed
 OUTPUT/overview.png   all of them
 OUTPUT/pictures/      the pictures alone, to try infer.py on
+OUTPUT/clip.mp4       things that move, to try it on a video
 """
 SURE = 0.5  # IoU from which an object counts as found
 
@@ -84,6 +85,8 @@ def run(predictor: ImagePredictor, pictures: Sequence[Picture], output: Path) ->
     from PIL import Image
     from tqdm import tqdm
 
+    from sam3_jax.demo.clips import write_video
+    from sam3_jax.demo.questions import CLIP, SEED
     from sam3_jax.demo.tiles import draw_overview, draw_tile
 
     (output / "pictures").mkdir(parents=True, exist_ok=True)
@@ -99,6 +102,7 @@ def run(predictor: ImagePredictor, pictures: Sequence[Picture], output: Path) ->
             results.append(result)
             tiles.append(np.asarray(tile))
     Image.fromarray(draw_overview(tiles)).save(output / "overview.png")
+    write_video(output / "clip.mp4", "test", CLIP, seed=SEED)
     return results
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from sam3_jax.demo.motion import Movie, is_seen_at_first, make_movie, masks_of, pictures_of
 from sam3_jax.demo.objects import BASE_SIDE
 from sam3_jax.inference.argument_values import parse_count, parse_positive
+from sam3_jax.video.writer import open_writer
 
 DESCRIPTION = """\
 Draws clips of coloured shapes and handwritten digits that move over photographs, occlude each
@@ -42,6 +44,7 @@ DIGESTS = {  # of the annotation files
     "test": "2abda8ad52bfb4265f95f79e8d515e4ef92dab172c898ee9134ab16d7ef81881",
 }
 QUALITY = 92  # of JPEG
+RATE = Fraction(12)  # frames a second of a video file
 LEAST = 80  # pixels in the first frame of an object that DAVIS' layout annotates
 ROWS = 100  # room for a clip's pairs, and a pair's objects, in ids that are whole numbers
 
@@ -58,6 +61,19 @@ def draw_movie(split: str, index: int, folder: Path, *, seed: int = 0) -> Entry:
     if split != "train":
         _write_labels(folder / MASKS / movie.name, masks_of(movie))
     return annotate(movie, index)
+
+
+def write_video(path: Path, split: str, index: int, *, seed: int) -> Movie:
+    """Draws a clip into a video file (see ``open_writer``) instead of a data set; returns it.
+
+    Raises:
+      OSError: when it cannot be written.
+    """
+    movie = make_movie(split, index, LENGTHS[split], seed=seed)
+    with open_writer(path, (BASE_SIDE, BASE_SIDE), rate=RATE) as writer:
+        for pixels in pictures_of(movie, split, index, seed=seed):
+            writer.write(pixels)
+    return movie
 
 
 def annotate(movie: Movie, index: int) -> Entry:

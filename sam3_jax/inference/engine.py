@@ -122,8 +122,8 @@ class Engine:
             held = held.get(name, {})
         if not held:
             raise RuntimeError(
-                f"the checkpoint has no weights for this ({module}): convert the source again "
-                f"with --part all or --part {part}"
+                f"the checkpoint has no weights for this ({module}): it needs one that was "
+                f"converted with --part all or --part {part}"
             )
 
     def place(self, pixels: Pixels) -> Array:

@@ -41,14 +41,16 @@ class InitConfig:
 
     ``prefixes``: of what is taken from it, such as ("vision/trunk/",) for the backbone alone; what
     is not is random. ``copies``: pairs (to, from) of parts of which one then begins as the other,
-    such as (("vision/tracker_neck/", "vision/detector_neck/"),). ``scales``: pairs (pattern of
-    paths, factor), by which values are multiplied after that.
+    such as (("vision/tracker_neck/", "vision/detector_neck/"),). After that ``scales``: pairs
+    (pattern of paths, factor) by which values are multiplied, and ``fills``: pairs (pattern,
+    constant) which takes their place.
     """
 
     checkpoint: str = ""
     prefixes: tuple[str, ...] = ("",)
     copies: tuple[tuple[str, str], ...] = ()
     scales: tuple[tuple[str, float], ...] = ()
+    fills: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass

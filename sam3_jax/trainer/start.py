@@ -19,7 +19,7 @@ from sam3_jax.data.builder import Source, digest_of, prepare
 from sam3_jax.models.detector import init_params, init_shapes
 from sam3_jax.sharding import on_one_device, param_shardings
 from sam3_jax.trainer.config import InitConfig, SplitConfig, TrainConfig
-from sam3_jax.training.init_from import copy_within, init_from, scale_within
+from sam3_jax.training.init_from import copy_within, fill_within, init_from, scale_within
 
 
 class RunError(Exception):
@@ -131,7 +131,8 @@ def initial(
     origin = _origin(init, wanted, resolution, seed, mesh)
     try:
         params = copy_within(origin.params, init.copies)
-        return origin._replace(params=scale_within(params, init.scales))
+        params = fill_within(scale_within(params, init.scales), init.fills)
+        return origin._replace(params=params)
     except ValueError as error:
         raise RunError(f"init: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -92,18 +92,38 @@ def scale_within(params: dict, scales: Sequence[tuple[str, float]]) -> dict:
     Raises:
       ValueError: where a pattern finds nothing.
     """
-    paths = list(_flatten(params))
-    for pattern, _ in scales:
-        if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(f"scale_within: no parameter's path matches {pattern!r}")
+    return _change_within(params, scales, "scale_within", lambda leaf, factor: leaf * factor)
 
-    def scaled(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
-        for pattern, factor in scales:
+
+def fill_within(params: dict, fills: Sequence[tuple[str, float]]) -> dict:
+    """``params`` with some values replaced by a constant: pairs of a pattern of paths and it.
+
+    Raises:
+      ValueError: where a pattern finds nothing.
+    """
+    return _change_within(
+        params, fills, "fill_within", lambda leaf, value: jnp.full_like(leaf, value)
+    )
+
+
+def _change_within(
+    params: dict,
+    changes: Sequence[tuple[str, float]],
+    caller: str,
+    change: Callable[[Array, float], Array],
+) -> dict:
+    paths = list(_flatten(params))
+    for pattern, _ in changes:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"{caller}: no parameter's path matches {pattern!r}")
+
+    def changed(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
+        for pattern, number in changes:
             if re.search(pattern, path_of(path)):
-                leaf = leaf * factor
+                leaf = change(leaf, number)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(scaled, params)
+    return jax.tree_util.tree_map_with_path(changed, params)
 
 
 def resize_table(
