@@ -4,67 +4,92 @@
     python train.py --config=configs/sam3_demo_tracker.py:near \\
         --config.init.checkpoint=runs/sam3_demo_clicks/model
     python train.py --config=configs/sam3_demo_tracker.py:clips
+    python train.py --config=configs/sam3_demo_tracker.py:far
 
-The first checkpoint is that of ``configs/sam3_demo.py:clicks``: its trunk and necks stay as they
-are, its interactive head is where the tracker's begins. Stages:
+The first checkpoint is that of ``configs/sam3_demo.py:clicks``: its trunk stays as it is, its
+interactive head is where the tracker's begins. Stages, each beginning with the model of the one
+before:
 
-- ``near``: two frames, the first with masks: where objects went;
-- ``clips``: 5 frames, prompted by masks, points and boxes.
+- ``near``: two frames up to 3 apart, the first with masks: where did objects go?
+- ``clips``: 5 frames, prompted by masks, points and boxes;
+- ``far``: 5 frames up to 5 apart, three objects, so that more of them leave, hide and come back;
+  whether they are there counts four times as much, and the tracker's neck learns, too.
 
-Frames are up to 3 apart, so that objects leave and come back within a clip. Few corrections, as the
-head has learned them from pictures.
+Few corrections, as the head has learned them from pictures.
 
 Hardware: two cores of a CPU and 4 GB.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sam3_jax.config import demo
 from sam3_jax.trainer.config import TrainConfig
 from sam3_jax.training.optimizer import IMAGE_MODEL, tracking
 
-STAGES = ("near", "clips")
+
+class Stage(NamedTuple):
+    """What differs between stages."""
+
+    steps: int
+    batch: int
+    frames: int
+    apart: int  # at most
+    objects: int
+    rate: float
+    presence: float = 1.0  # weight of its loss
+    neck: bool = False  # the tracker's neck learns
+
+
+STAGES = {
+    "near": Stage(200, batch=4, frames=2, apart=3, objects=2, rate=2e-3),
+    "clips": Stage(1000, batch=2, frames=5, apart=3, objects=2, rate=1e-3),
+    "far": Stage(700, batch=2, frames=5, apart=5, objects=3, rate=5e-4, presence=4.0, neck=True),
+}
 # How memory attention begins: with equal biases of queries and keys, which are rotated by where
 # they are, each cell looks at the same place and its neighbours. (Of random values cells look
 # everywhere alike.)
 NEAR = ((r"^tracker/memory_attention/layer_./cross_attn/[qk]/bias$", 2.0),)
 
 
-def get_config(stage: str = "clips", data: str = "data/clips") -> TrainConfig:
+def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.clips`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo_tracker has no stage {stage!r}: {', '.join(STAGES)}")
+    steps, batch, frames, apart, objects, rate, presence, neck = STAGES[stage]
     near = stage == "near"
-    config = TrainConfig(task="tracker", output=f"runs/sam3_demo_tracker_{stage}")
-    config.steps, config.batch_size = (200, 4) if near else (900, 2)
+    output = f"runs/sam3_demo_{stage}"
+    config = TrainConfig(task="tracker", output=output, steps=steps, batch_size=batch)
     config.model = demo()
     config.train.annotations = f"{data}/train/annotations.json"
     config.valid.annotations = f"{data}/valid"
     config.data.threads = 1
+    before = ["clicks", *STAGES][list(STAGES).index(stage)]
+    config.init.checkpoint = f"runs/sam3_demo_{before}/model"
     if near:
         config.init.fills = NEAR
-    else:
-        config.init.checkpoint = "runs/sam3_demo_tracker_near/model"
 
     clips = config.clips
-    clips.frames, clips.max_stride, clips.objects = 2 if near else 5, 3, 2
+    clips.frames, clips.max_stride, clips.objects = frames, apart, objects
     clips.resolution, clips.mask_size = 256, 128
     clips.flip = clips.affine = clips.gray = 0.0  # digits are not mirrored; objects turn anyway
     clips.brightness = clips.contrast = 0.2
 
-    # The head has learned to be corrected; what is measured is tracking.
     config.tracker.told_frames = 16
-    prompting = config.tracker.prompting
-    prompting.corrections = 0 if near else 1
-    if near:
-        prompting.mask, prompting.box = 1.0, 0.0
-        prompting.second_prompt = prompting.second_correction = 0.0
+    config.tracker.loss.object_weight = presence
     # As for clicks: with 20 : 1 masks become empty first.
     config.tracker.loss.mask_weight = config.tracker.loss.dice_weight = 5.0
+    prompting = config.tracker.prompting
+    if near:
+        prompting.mask, prompting.box, prompting.corrections = 1.0, 0.0, 0
+        prompting.second_prompt = prompting.second_correction = 0.0
+    else:  # most are given by masks, as detections are
+        prompting.mask, prompting.box, prompting.corrections = 0.7, 0.1, 1
 
     config.optimizer = optimizer = tracking()
-    optimizer.freeze = (*IMAGE_MODEL, r"^vision/tracker_neck/")
-    optimizer.rest.rate = 2e-3 if near else 1e-3
+    optimizer.freeze = IMAGE_MODEL if neck else (*IMAGE_MODEL, r"^vision/tracker_neck/")
+    optimizer.rest.rate = optimizer.vision.rate = rate
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0
     optimizer.beta2 = 0.99

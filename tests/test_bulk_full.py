@@ -1,4 +1,4 @@
-"""A labelling job as it happens: two hosts with two devices each, killed half-way, restarted."""
+"""Jobs as they happen: two hosts with two devices each; one is killed half-way and restarted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from pycocotools.coco import COCO
 import tiny_predictor
 from sam3_jax import checkpoint
 from sam3_jax.inference.rle import decode_mask
+from video_clips import write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = 60
+PHRASES = ("--prompt", "cup", "cat", "--threshold", "0.03", "--batch-size", "4")
 BROKEN = 7  # every so many pictures one that cannot be read
 
 
@@ -46,11 +48,10 @@ def photos(tmp_path) -> Path:
 class Job:
     """The command in processes of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *arguments: str) -> None:
         checkpoint.save(folder / "ckpt", tiny_predictor.params(), tiny_predictor.config())
         self.common = [sys.executable, "infer.py", "--checkpoint", str(folder / "ckpt")]
-        self.common += ["--input", str(folder / "photos"), "--prompt", "cup", "cat"]
-        self.common += ["--threshold", "0.03", "--batch-size", "4"]
+        self.common += ["--input", str(folder / "photos"), *arguments]
         flags = os.environ.get("XLA_FLAGS", "")
         two = "--xla_force_host_platform_device_count=2"
         flags = " ".join([f for f in flags.split() if "device_count" not in f] + [two])
@@ -77,7 +78,7 @@ def records(output: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_half_way_and_restarted(photos, tmp_path):
-    job, output = Job(tmp_path), tmp_path / "out"
+    job, output = Job(tmp_path, *PHRASES), tmp_path / "out"
     killed = job.two(output)
     end = time.monotonic() + 240
     while records(output) < PICTURES // 4 and time.monotonic() < end:
@@ -117,3 +118,24 @@ def test_killed_half_way_and_restarted(photos, tmp_path):
         assert a["score"] == pytest.approx(b["score"], abs=2e-5)  # other batches, other sums
         masks = [decode_mask(x["segmentation"]) for x in (a, b)]
         assert np.mean(masks[0] != masks[1]) < 2e-3
+
+
+@pytest.mark.slow
+def test_two_hosts_share_the_videos(tmp_path):
+    """Of three videos one does two; together they leave what one process alone does."""
+    (tmp_path / "photos").mkdir()
+    for index in range(3):
+        write_clip(tmp_path / "photos" / f"{index}.mp4", frames=4 + index)
+    job = Job(tmp_path, "--point", "60,36", "--at", "1", "--no-overlay")
+    hosts = job.two(tmp_path / "out")
+    outputs = [process.communicate(timeout=500) for process in hosts]
+    assert [process.returncode for process in hosts] == [0, 0], outputs
+    assert b"2 of 2 videos" in outputs[0][0]
+    assert b"1 of 1 videos" in outputs[1][0]
+    alone = job.start(tmp_path / "alone")
+    assert alone.wait(timeout=500) == 0, alone.communicate()
+    for index in range(3):
+        name = f"{index}_tracks.json"
+        shared, whole = (json.loads((tmp_path / f / name).read_text()) for f in ("out", "alone"))
+        assert shared["annotations"] == whole["annotations"]
+        assert len(shared["annotations"][0]["segmentations"]) == 4 + index

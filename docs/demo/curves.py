@@ -23,8 +23,11 @@ STAGES = {
     "all2": ("class", "presence", "giou", "dice"),
     "pointing": ("click_first_iou",),
     "clicks": ("click_first_iou", "click_last_iou"),
+    "near": ("tracked_iou",),
+    "clips": ("prompted_iou", "tracked_iou", "last_iou"),
 }
 KEPT = ("kind", "step", "steps", "time", "step_s", "loss", "grad_norm", "rate")
+ROWS = 2
 POINTS = 100  # a log keeps the means of so many parts
 
 
@@ -49,8 +52,12 @@ def draw() -> None:
     import matplotlib.pyplot as plt
 
     stages = [stage for stage in STAGES if (HERE / f"{stage}.jsonl").is_file()]
-    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.8), squeeze=False)
-    for stage, axis in zip(stages, axes[0], strict=True):
+    columns = -(-len(stages) // ROWS)
+    size = (3.2 * columns, 2.8 * ROWS)
+    figure, axes = plt.subplots(ROWS, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(stages) :]:
+        axis.set_axis_off()
+    for stage, axis in zip(stages, axes.flat, strict=False):
         entries = _read(HERE / f"{stage}.jsonl")
         steps = [entry["step"] for entry in entries]
         for name in STAGES[stage]:
