@@ -1,19 +1,14 @@
 """Trains the tracker of the demo's small model on clips of moving shapes and digits.
 
     python -m sam3_jax.demo.clips data/clips
-    python train.py --config=configs/sam3_demo_tracker.py:near \\
-        --config.init.checkpoint=runs/sam3_demo_clicks/model
-    python train.py --config=configs/sam3_demo_tracker.py:clips
-    python train.py --config=configs/sam3_demo_tracker.py:far
+    python train.py --config=configs/sam3_demo_tracker.py:near --cpu_devices=2
+    python train.py --config=configs/sam3_demo_tracker.py:clips --cpu_devices=2
 
-The first checkpoint is that of ``configs/sam3_demo.py:clicks``: its trunk stays as it is, its
-interactive head is where the tracker's begins. Stages, each beginning with the model of the one
-before:
+They begin with ``configs/sam3_demo.py:clicks``: its trunk and necks stay as they are, its
+interactive head is where the tracker's begins. Stages:
 
 - ``near``: two frames up to 3 apart, the first with masks: where did objects go?
-- ``clips``: 5 frames, prompted by masks, points and boxes;
-- ``far``: 5 frames up to 5 apart, three objects, so that more of them leave, hide and come back;
-  whether they are there counts four times as much, and the tracker's neck learns, too.
+- ``clips``, from there: 5 frames, prompted by masks, points and boxes. Objects leave and come back.
 
 Few corrections, as the head has learned them from pictures.
 
@@ -35,17 +30,12 @@ class Stage(NamedTuple):
     steps: int
     batch: int
     frames: int
-    apart: int  # at most
-    objects: int
     rate: float
-    presence: float = 1.0  # weight of its loss
-    neck: bool = False  # the tracker's neck learns
 
 
 STAGES = {
-    "near": Stage(200, batch=4, frames=2, apart=3, objects=2, rate=2e-3),
-    "clips": Stage(1000, batch=2, frames=5, apart=3, objects=2, rate=1e-3),
-    "far": Stage(700, batch=2, frames=5, apart=5, objects=3, rate=5e-4, presence=4.0, neck=True),
+    "near": Stage(200, batch=4, frames=2, rate=2e-3),
+    "clips": Stage(1000, batch=2, frames=5, rate=1e-3),
 }
 # How memory attention begins: with equal biases of queries and keys, which are rotated by where
 # they are, each cell looks at the same place and its neighbours. (Of random values cells look
@@ -57,7 +47,7 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.clips`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo_tracker has no stage {stage!r}: {', '.join(STAGES)}")
-    steps, batch, frames, apart, objects, rate, presence, neck = STAGES[stage]
+    steps, batch, frames, rate = STAGES[stage]
     near = stage == "near"
     output = f"runs/sam3_demo_{stage}"
     config = TrainConfig(task="tracker", output=output, steps=steps, batch_size=batch)
@@ -71,13 +61,12 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
         config.init.fills = NEAR
 
     clips = config.clips
-    clips.frames, clips.max_stride, clips.objects = frames, apart, objects
+    clips.frames, clips.max_stride, clips.objects = frames, 3, 2
     clips.resolution, clips.mask_size = 256, 128
     clips.flip = clips.affine = clips.gray = 0.0  # digits are not mirrored; objects turn anyway
     clips.brightness = clips.contrast = 0.2
 
     config.tracker.told_frames = 16
-    config.tracker.loss.object_weight = presence
     # As for clicks: with 20 : 1 masks become empty first.
     config.tracker.loss.mask_weight = config.tracker.loss.dice_weight = 5.0
     prompting = config.tracker.prompting
@@ -88,7 +77,7 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
         prompting.mask, prompting.box, prompting.corrections = 0.7, 0.1, 1
 
     config.optimizer = optimizer = tracking()
-    optimizer.freeze = IMAGE_MODEL if neck else (*IMAGE_MODEL, r"^vision/tracker_neck/")
+    optimizer.freeze = (*IMAGE_MODEL, r"^vision/tracker_neck/")
     optimizer.rest.rate = optimizer.vision.rate = rate
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0

@@ -205,6 +205,7 @@ def test_the_demo_runs_on_the_bundled_weights(bundled, pictures, tmp_path, monke
     assert "8 of 10 answers are right" in text
     assert f"{out / 'overview.png'} shows them all" in text
     assert f"infer.py --input {out / 'pictures'} --prompt" in text
+    assert f"infer.py --input {out / 'clip.mp4'} --prompt 'heart' 'crescent'" in text
     assert (out / "clip.mp4").stat().st_size > 10_000
     shown = np.asarray(Image.open(out / "pictures" / "coins.png"))
     np.testing.assert_array_equal(shown, pictures[-1].pixels)

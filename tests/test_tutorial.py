@@ -49,7 +49,7 @@ def test_every_block(tmp_path):
     for name in CLONE:
         (tmp_path / name).symlink_to(ROOT / name)
     blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     printed = [run(language, code, tmp_path) for language, code in blocks]
 
     out = tmp_path / "out"
@@ -60,6 +60,11 @@ def test_every_block(tmp_path):
         assert answer.stat().st_size > 10_000
         assert json.loads((out / name / "results.json").read_text())["annotations"], name
     assert "crosses" in printed[4]
+    followed = json.loads((out / "video" / "clip_tracks.json").read_text())["annotations"]
+    assert len(followed) >= 3  # two hearts and a crescent
+    assert (out / "video" / "clip_overlay.mp4").stat().st_size > 10_000
+    (pointed,) = json.loads((out / "pointed" / "clip_tracks.json").read_text())["annotations"]
+    assert sum(mask is not None for mask in pointed["segmentations"]) > 8
     folder = json.loads((out / "folder" / "results.json").read_text())
     assert {image["status"] for image in folder["images"]} == {"ok"}
     assert figures(out / "figures")["segm/cgF1"] > 0

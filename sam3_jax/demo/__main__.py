@@ -137,6 +137,7 @@ def judge(question: Question, masks: Bool[np.ndarray, "n h w"]) -> Result:
 
 def report(results: Sequence[Result], output: Path, checkpoint: str | None = None) -> str:
     """The table, where the pictures are, and what to try next with ``checkpoint``."""
+    from sam3_jax.demo.questions import CLIP_PHRASES
     from sam3_jax.evaluation.tables import markdown, number
 
     rows = [["picture", "prompt", "found", "expected", "mean IoU", "right"]]
@@ -157,6 +158,8 @@ def report(results: Sequence[Result], output: Path, checkpoint: str | None = Non
             f"  {_program()}{weights} --input {output / 'pictures'} --prompt 'red circle' 'ring' "
             f"--nms {DISTINCT.nms} --nms-threshold {DISTINCT.nms_threshold:g} "
             f"--output {output / 'found'}",
+            f"  {_program()}{weights} --input {output / 'clip.mp4'} --prompt "
+            f"{' '.join(map(repr, CLIP_PHRASES))} --output {output / 'followed'}",
             "They know nothing but shapes and digits; SAM 3's own find anything: README.md.",
         ]
     )

@@ -23,7 +23,8 @@ SEED = 2026
 SIDE = 512  # pixels: what is drawn is the same at any size
 BOX, CLICK = "one box, no text", "one click"
 COINS = 24
-CLIP = 0  # the drawn clip that is left to try videos on
+CLIP = 2  # that is left to try videos on, chosen like the scenes, of 7
+CLIP_PHRASES = ("heart", "crescent")
 COIN = (22.0, 33.0, 66.0, 76.0)  # around the first of them
 Box = tuple[float, float, float, float]
 
