@@ -168,6 +168,8 @@ class RunCheckpoints:
             step, self._saving = self._saving, None
             with self._writing(step):
                 self._orbax.wait()
+            # A thread of an earlier save that failed may have made its folder anew.
+            remove_parts(self._folder)
 
     def close(self) -> None:
         """Waits for the save under way and ends Orbax's threads.

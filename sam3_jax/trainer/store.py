@@ -46,11 +46,16 @@ def open_store(folder: Path, kept: Callable[[set[int]], set[int]]) -> ocp.traini
         ) from error
 
 
-def remove_parts(folder: Path, step: int) -> None:
-    """Removes what a failed save left, which other threads may still be adding files to."""
+def remove_parts(folder: Path, step: int | None = None) -> None:
+    """Removes what a failed save left, which other threads may still be adding files to.
+
+    Args:
+      folder: of the states.
+      step: None: all, when no state is being written.
+    """
     if jax.process_index() != 0:
         return
-    for part in folder.glob(f"{step}{UNFINISHED}*"):
+    for part in folder.glob(f"{'*' if step is None else step}{UNFINISHED}*"):
         for _ in range(20):
             shutil.rmtree(part, ignore_errors=True)
             if not part.exists():
