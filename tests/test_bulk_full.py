@@ -133,7 +133,8 @@ def test_two_hosts_share_the_videos(tmp_path):
     assert b"2 of 2 videos" in outputs[0][0]
     assert b"1 of 1 videos" in outputs[1][0]
     alone = job.start(tmp_path / "alone")
-    assert alone.wait(timeout=500) == 0, alone.communicate()
+    printed = alone.communicate(timeout=500)
+    assert alone.returncode == 0, printed
     for index in range(3):
         name = f"{index}_tracks.json"
         shared, whole = (json.loads((tmp_path / f / name).read_text()) for f in ("out", "alone"))

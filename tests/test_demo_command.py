@@ -18,6 +18,7 @@ import sam3_jax
 import tiny_predictor
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
+from sam3_jax.checkpoint.tree import flatten
 from sam3_jax.data.annotations import load_annotations
 from sam3_jax.demo import __main__ as demo
 from sam3_jax.demo import bundle, coins, questions, tiles, weights
@@ -255,6 +256,26 @@ def test_bundled_weights_are_the_models_in_half_precision(bundled, run_model, tm
     assert small.metadata["figures"] == {"text": {"cgF1": 0.8}}
     assert small.metadata["parts"] == ["image", "clicks"]
     assert "memory_encoder" not in small.params["tracker"]
+
+
+def test_a_mean_of_two_models(run_model, tmp_path):
+    """Of what pictures are answered with; memory stays the model's own."""
+    params = checkpoint.load(run_model).params
+    checkpoint.save(
+        tmp_path / "other", jax.tree.map(lambda x: 3 * x, params), tiny_predictor.config()
+    )
+    bundle.bundle(run_model, tmp_path / "mean", average=tmp_path / "other")
+    mean = flatten(checkpoint.load(tmp_path / "mean").params)
+    shared = flatten(checkpoint.load(run_model, parts=["image", "clicks"]).params)
+    assert any(path.startswith("tracker/mask_decoder/") for path in shared)
+    assert any(path.startswith("tracker/memory_encoder/") for path in mean.keys() - shared.keys())
+    for path, value in flatten(params).items():
+        expected = value * (2 if path in shared else 1)
+        np.testing.assert_allclose(mean[path], expected, rtol=2**-11, atol=3e-8, err_msg=path)
+    with pytest.raises(CheckpointError, match="other: tracker/more does not fit the model"):
+        bundle._mean(params, {"tracker": {"more": np.zeros(2)}}, Path("other"))
+    arguments = [str(run_model), "--average", str(tmp_path / "none")]
+    assert bundle.main([*arguments, "--output", str(tmp_path / "x")]) == 2
 
 
 def test_what_cannot_be_bundled(run_model, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import video_session
 from sam3_jax.models.tracker import Tracked
 from sam3_jax.tracking.config import TrackerConfig
 from sam3_jax.tracking.memories import frame_at
-from sam3_jax.tracking.narrow import widths
+from sam3_jax.tracking.narrow import reads, widths
 from sam3_jax.tracking.programs import Programs
 from sam3_jax.video.buckets import Buckets
 
@@ -110,7 +110,7 @@ def test_free_slots_are_not_looked_at(one, pyramids, said):
     """A program for the first slots gives, and remembers, what the one for all gives."""
     buckets = Buckets(one.programs, one.params)
     buckets.reserve(1)
-    assert one.programs.widths == (1, OBJECTS)
+    assert one.programs.widths == (1, 2, OBJECTS)
     buckets.add(np.array([0]), np.zeros(1, np.int32))
     first = np.arange(OBJECTS) == 0
     buckets.prompt(pyramids[0], frame_at(0, 100), {0: said}, {0: first})
@@ -128,8 +128,43 @@ def test_free_slots_are_not_looked_at(one, pyramids, said):
         np.testing.assert_array_equal(free, np.asarray(getattr(wide[1], name))[1:])
 
 
+def test_no_more_prompted_frames_are_read_than_there_are(one, pyramids, said):
+    """The program that reads one gives, and remembers, what the one that reads all gives."""
+    buckets = Buckets(one.programs, one.params)
+    buckets.reserve(1)
+    all_reads = one.programs.config.max_conditioning
+    assert one.programs.reads == (1, all_reads)
+    buckets.add(ALL, np.zeros(OBJECTS, np.int32))
+    every = np.ones(OBJECTS, bool)
+    buckets.prompt(pyramids[0], frame_at(0, 100), {0: said}, {0: every})
+    args = pyramids[1], frame_at(1, 100)
+
+    def tracked(reads: int) -> tuple:
+        state = jax.tree.map(jnp.copy, buckets.states[0])
+        return one.programs.track(one.params, state, *args, reads=reads)
+
+    assert buckets._least(0)["reads"] == 1
+    for a, b in zip(*map(jax.tree.leaves, (tracked(1), tracked(all_reads))), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(np.ptp(b))))
+
+    buckets.prompt(pyramids[2], frame_at(2, 100), {0: said}, {0: every})
+    assert buckets._least(0)["reads"] == all_reads
+    few, many = (np.asarray(tracked(reads)[1].masks) for reads in (1, all_reads))
+    assert np.abs(few - many).max() > 1e-3 * np.ptp(many), "the second one tells something"
+    packed = buckets.pack(ALL)
+    buckets.forget_conditioning(ALL, 2, 2)
+    assert buckets._least(0)["reads"] == 1
+    buckets.unpack(packed)
+    assert buckets._least(0)["reads"] == all_reads
+    buckets.remove(ALL, np.zeros(OBJECTS, bool))
+    assert buckets._least(0)["reads"] == 1
+    assert [one.programs.reads_for(n) for n in (0, 1, 2, 99)] == [1, 1, all_reads, all_reads]
+
+
 def test_numbers_of_slots():
-    assert widths(16) == (1, 4, 16)
-    assert widths(5) == (1, 2, 5)
+    assert widths(16) == (1, 2, 4, 8, 16)
+    assert widths(5) == (1, 2, 3, 5)
     assert widths(1) == (1,)
-    assert widths(64) == (1, 4, 16, 64)
+    assert reads(4) == (1, 4)
+    assert reads(1) == (1,)

@@ -38,7 +38,7 @@ def predictor() -> VideoPredictor:
 
 
 def compile_widths(predictor: VideoPredictor) -> None:
-    """The programs for few objects, which a session may want only after a long time."""
+    """Programs for few objects or prompts, which a session may want only after a long time."""
     engine, programs = predictor.engine, predictor._programs
     side = engine.config.image_size
     trunk = engine.trunk(np.zeros((1, side, side, 3), np.uint8))
@@ -46,15 +46,15 @@ def compile_widths(predictor: VideoPredictor) -> None:
     none = np.zeros(RULES.tracker.bucket_size, bool)
     grid = side // engine.config.vision.patch_size
     large = jnp.zeros((len(none), 16 * grid, 16 * grid))
-    for slots in programs.widths:
-        given = levels, frame_at(0)
+    for slots, reads in itertools.product(programs.widths, programs.reads):
+        given, least = (levels, frame_at(0)), {"slots": slots, "reads": reads}
         state = programs.empty_state()
-        found = programs.propagate(engine.params, state, *given, slots=slots)
+        found = programs.propagate(engine.params, state, *given, **least)
         rest = none, none, none, None
         state = programs.memorize(engine.params, state, *given, found, *rest, slots=slots)
         found = found._replace(masks=large)
         state = programs.memorize_concept(engine.params, state, *given, found, *rest, slots=slots)
-        programs.track(engine.params, state, *given, slots=slots)
+        programs.track(engine.params, state, *given, **least)
 
 
 class Watch:

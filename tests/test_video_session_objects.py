@@ -87,11 +87,12 @@ def test_a_correction_in_the_past(predictor):
     assert any(
         not np.array_equal(a.masks, b.masks) for a, b in zip(after, before[index:], strict=True)
     )
-    # The other object never notices: selection is by an object's own scores.
+    # The other object never notices: selection is by an object's own scores. (But that the program
+    # which reads more prompted frames adds in another order.)
     for frames in (after, refined):
         for a, b in zip(frames, before[index:], strict=True):
-            np.testing.assert_array_equal(
-                a.tracker_scores[a.ids == two], b.tracker_scores[b.ids == two]
+            np.testing.assert_allclose(
+                a.tracker_scores[a.ids == two], b.tracker_scores[b.ids == two], atol=1e-6
             )
     # A whole new pass knows both prompts.
     again = follow(session.propagate())

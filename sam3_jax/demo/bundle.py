@@ -20,7 +20,7 @@ import numpy as np
 
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
-from sam3_jax.checkpoint.tree import flatten
+from sam3_jax.checkpoint.tree import flatten, unflatten
 from sam3_jax.demo.weights import FOLDER
 
 DTYPE = np.float16
@@ -31,7 +31,12 @@ COMMIT = Path("params/commit_success.txt")  # Orbax's, whose text names the fold
 
 
 def bundle(
-    model: Path, target: Path, *, figures: Path | None = None, parts: Sequence[str] = ()
+    model: Path,
+    target: Path,
+    *,
+    figures: Path | None = None,
+    parts: Sequence[str] = (),
+    average: Path | None = None,
 ) -> int:
     """Writes ``target``, a checkpoint in half precision; returns its size in bytes.
 
@@ -40,6 +45,8 @@ def bundle(
       target: replaced, if it is a checkpoint.
       figures: what ``python -m sam3_jax.demo.figures`` wrote about the model.
       parts: that are shipped; none: those that the model holds.
+      average: another model of the same run of stages. What pictures are answered with becomes the
+        mean of both: the tracker's training moves the head that clicks use, too.
 
     Raises:
       CheckpointError: no usable checkpoint; values that half precision does not hold; too large.
@@ -53,10 +60,14 @@ def bundle(
     if figures is not None:
         measured = json.loads(figures.read_text(encoding="utf-8"))
         metadata["figures"] = measured["figures"]
-    _check_range(model, loaded.params)
+    params = loaded.params
+    if average is not None:
+        params = _mean(params, checkpoint.load(average, parts=["image", "clicks"]).params, average)
+        metadata["averaged"] = True
+    _check_range(model, params)
     checkpoint.save(
         target,
-        loaded.params,
+        params,
         loaded.config,
         metadata=metadata,
         parts=loaded.metadata["parts"],
@@ -69,6 +80,16 @@ def bundle(
     if size > MOST:
         raise CheckpointError(f"{target}: {size} bytes, the package may ship {MOST}; ship less")
     return size
+
+
+def _mean(params: dict, other: dict, source: Path) -> dict:
+    """``params``, with the mean of both wherever ``other`` has values."""
+    values, others = flatten(params), flatten(other)
+    for name, value in others.items():
+        if name not in values or values[name].shape != value.shape:
+            raise CheckpointError(f"{source}: {name} does not fit the model; average its stages")
+        values[name] = (values[name] + value) / 2
+    return unflatten(values)
 
 
 def _settings(model: Path) -> dict[str, Any]:
@@ -107,10 +128,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=tuple(checkpoint.PARTS),
         help="what to ship: 'image clicks' leaves out the tracker's memory (default: all)",
     )
+    add(
+        "--average",
+        metavar="MODEL",
+        type=Path,
+        help="ship the mean of both models, but for the tracker's memory: clicks that the tracker's "
+        "training made worse come back",
+    )
     add("--output", metavar="DIR", type=Path, default=FOLDER, help="(default: in the package)")
     args = parser.parse_args(argv)
     try:
-        size = bundle(args.model, args.output, figures=args.figures, parts=args.part)
+        size = bundle(
+            args.model,
+            args.output,
+            figures=args.figures,
+            parts=args.part,
+            average=args.average,
+        )
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -93,7 +93,7 @@ def _backward(
 
     depthwise = _is_depthwise(x, kernel, groups)
     size = kernel.shape[0]
-    if depthwise and stride == 1 and size == kernel.shape[1]:
+    if depthwise and stride == 1 and size == kernel.shape[1] and pad < size:
         dx = _conv(dy, kernel[::-1, ::-1], 1, size - 1 - pad, groups, precision)
     else:
         conv = functools.partial(

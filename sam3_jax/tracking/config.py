@@ -21,9 +21,8 @@ class TrackerConfig:
     model does (its objects of one session, or those born on one frame); "none": by distance alone.
 
     ``stored_conditioning``: prompted frames that an object keeps; a further one replaces the one
-    furthest from it. ``max_conditioning`` of them are read. A caller whose objects have a single
-    prompted frame may read less with ``max_conditioning=1``, at the same result: the program gets
-    quicker by a third.
+    furthest from it. ``max_conditioning`` of them are read; sessions have programs that read one,
+    for objects that have no more.
 
     ``temporal_stride``: distance of the frames that are read, the last one excepted.
     ``multimask_points``: least and greatest number of points (the corners of a box count) where

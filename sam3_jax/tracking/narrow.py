@@ -1,11 +1,14 @@
-"""The first slots of a bucket alone, so that one object does not cost what a bucket of them does.
+"""Programs for less than a full bucket, so that one object, prompted once, does not cost that much.
 
 Objects take the first free slots. Where those behind a number of slots are free, a program for so
-many gives what the program for all gives. There are few such numbers, so few programs compile.
+many gives what the program for all gives. And where no object has more than so many prompted
+frames, a program that reads no more of them gives what the program that reads all gives. There are
+few such numbers, so few programs compile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeVar
 
 import jax
@@ -22,11 +25,16 @@ T = TypeVar("T")
 
 
 def widths(slots: int) -> tuple[int, ...]:
-    """Numbers of slots that there are programs for, ascending: a bucket, a fourth of it, .. 1."""
+    """Numbers of slots that there are programs for, ascending: a bucket, a half of it, .. 1."""
     found = [slots]
     while found[-1] > 1:
-        found.append(-(-found[-1] // 4))
+        found.append(-(-found[-1] // 2))
     return tuple(reversed(found))
+
+
+def reads(most: int) -> tuple[int, ...]:
+    """Numbers of prompted frames that there are programs for, ascending: one, and all."""
+    return tuple(sorted({1, most}))
 
 
 def propagate(
@@ -37,8 +45,13 @@ def propagate(
     *,
     setup: step.Setup,
     slots: int | None = None,
+    reads: int | None = None,
 ) -> Tracked:
-    """:func:`.step.propagate` for the first ``slots``; the others' objects are absent."""
+    """:func:`.step.propagate` for the first ``slots``; the others' objects are absent.
+
+    ``reads``: how many prompted frames of an object are read at most.
+    """
+    setup = _reading(setup, reads)
     found = step.propagate(params, _first(state, slots), levels, frame, setup=setup)
     return _widened(found, len(state.valid))
 
@@ -51,8 +64,10 @@ def track(
     *,
     setup: step.Setup,
     slots: int | None = None,
+    reads: int | None = None,
 ) -> tuple[TrackState, Tracked]:
-    """:func:`.step.track` for the first ``slots``."""
+    """:func:`.step.track` for the first ``slots``; ``reads`` as for :func:`propagate`."""
+    setup = _reading(setup, reads)
     part, found = step.track(params, _first(state, slots), levels, frame, setup=setup)
     return _put(state, part), _widened(found, len(state.valid))
 
@@ -93,6 +108,12 @@ def memorize_tracked(
     given = _first((state, found, scores), slots)
     part = step.memorize_tracked(params, given[0], levels, frame, *given[1:], setup=setup)
     return _put(state, part)
+
+
+def _reading(setup: step.Setup, reads: int | None) -> step.Setup:
+    if reads is None:
+        return setup
+    return setup._replace(config=dataclasses.replace(setup.config, max_conditioning=reads))
 
 
 def _first(arrays: T, slots: int | None) -> T:

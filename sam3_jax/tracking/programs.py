@@ -27,7 +27,8 @@ class Programs:
 
     ``prompt``, ``prompt_mask``, ``track_chunk``, ``joint_scores``: as in ``tracking.step``.
     ``propagate``, ``track``, ``memorize``, ``memorize_concept``, ``memorize_tracked``: as there,
-    for the first ``slots`` (one of ``widths``; default: all), see ``tracking.narrow``.
+    for the first ``slots`` (one of ``widths``; default: all), see ``tracking.narrow``; the first two
+    read at most ``reads`` prompted frames an object (one of ``reads``; default: all that may be).
     ``mask_prompt``, ``separate``: as in ``tracking.masks``, a program for each video size and for
     each number of buckets. ``add``, ``remove``, ``forget_tracked``, ``forget_conditioning``: as in
     ``tracking.state``; ``empty_state(slots=..., grid=...)`` in the compute dtype.
@@ -58,28 +59,37 @@ class Programs:
         self.rows = None if mesh is None else _rows(mesh, config)
         # The first slots of a bucket that is split are all on one device.
         self.widths = narrow.widths(config.bucket_size) if mesh is None else (config.bucket_size,)
+        self.reads = narrow.reads(config.max_conditioning)
         setup = step.Setup(Sam3(model, dtype), config)
         rows = self.rows
         chunks = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *rows.spec))
 
         def program(
-            function: Callable, *, donate: int | None = None, out: Any = rows, **bound: Any
+            function: Callable,
+            *,
+            donate: int | None = None,
+            static: tuple[str, ...] = (),
+            out: Any = rows,
+            **bound: Any,
         ) -> Callable:
             jitted = jax.jit(
                 functools.partial(function, **bound),
                 donate_argnums=() if donate is None else (donate,),
-                static_argnames="slots" if function.__module__ == narrow.__name__ else None,
+                static_argnames=static,
                 out_shardings=out,
             )
             return self._on_mesh(jitted)
 
-        self.propagate = program(narrow.propagate, setup=setup)
+        few, least = ("slots",), ("slots", "reads")
+        self.propagate = program(narrow.propagate, static=least, setup=setup)
         self.prompt = program(step.prompt, setup=setup)
         self.prompt_mask = program(step.prompt_mask, setup=setup)
-        self.memorize = program(narrow.memorize, donate=1, setup=setup)
-        self.memorize_concept = program(narrow.memorize, donate=1, setup=setup, concept=True)
-        self.memorize_tracked = program(narrow.memorize_tracked, donate=1, setup=setup)
-        self.track = program(narrow.track, donate=1, setup=setup)
+        self.memorize = program(narrow.memorize, donate=1, static=few, setup=setup)
+        self.memorize_concept = program(
+            narrow.memorize, donate=1, static=few, setup=setup, concept=True
+        )
+        self.memorize_tracked = program(narrow.memorize_tracked, donate=1, static=few, setup=setup)
+        self.track = program(narrow.track, donate=1, static=least, setup=setup)
         self.track_chunk = program(step.track_chunk, donate=1, out=(rows, chunks), setup=setup)
         self.joint_scores = program(step.joint_scores)
         self.separate = program(masks.separate, size=step.frame_size(model))
@@ -96,6 +106,10 @@ class Programs:
     def width(self, slots: int) -> int:
         """The least of ``widths`` that has room for so many slots."""
         return next(width for width in self.widths if width >= slots)
+
+    def reads_for(self, frames: int) -> int:
+        """The least of ``reads`` for objects that have so many prompted frames, or less."""
+        return next((reads for reads in self.reads if reads >= frames), self.reads[-1])
 
     def place(self, arrays: T) -> T:
         """Puts arrays whose first axis is the slot where the programs leave such arrays."""

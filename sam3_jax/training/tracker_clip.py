@@ -3,8 +3,8 @@
 Stage 4 of SAM 3's training (arXiv 2511.16719); upstream does not release it, and SAM 2's
 (arXiv 2408.00714) fills what the paper leaves open. The clips' objects are the slots of one bucket,
 and what is remembered and read is decided by the functions that sessions call
-(:mod:`sam3_jax.tracking`), without memory selection. All that happens to a clip is one scan, whose
-steps are computed again in the backward pass; gradients go through all of them.
+(:mod:`sam3_jax.tracking`), without memory selection. All that happens to a clip is one scan;
+gradients go through all of its steps.
 
 As upstream, masks that points gave are remembered as probabilities (at inference they are hard),
 and objects of a clip may overlap. Unlike upstream, pointers of prompted frames are read only once
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sam3_jax.models.detector import Sam3
 from sam3_jax.sharding import constrain_batch
 from sam3_jax.tracking.config import TrackerConfig
-from sam3_jax.tracking.state import empty_state
+from sam3_jax.tracking.state import TrackState, empty_state
 from sam3_jax.tracking.step import Setup
 from sam3_jax.training.batch import normalize
 from sam3_jax.training.clip_batch import ClipBatch
@@ -41,12 +41,14 @@ class TrackerTrainingConfig:
 
     ``told_frames``: length of the video that the pointers' temporal positions are relative to; 0:
     the clip's own, as upstream. Clips that are much shorter than what is tracked later learn
-    positions that do not come again: tell 16 (or more, it is the same).
+    positions that do not come again: tell 16 (or more, it is the same). ``remat``: the backward
+    pass computes frames again, instead of keeping all of them in memory.
     """
 
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     loss: InteractiveLossConfig = field(default_factory=InteractiveLossConfig)
     told_frames: int = 0
+    remat: bool = True
 
 
 def training_rules(num_maps: int, frames: int) -> TrackerConfig:
@@ -87,13 +89,22 @@ def clip_loss(
     )
     state = constrain_batch(state._replace(valid=jnp.ones_like(state.valid)))
     # One program for whatever happens to a frame: this is what takes time to compile.
-    body = jax.checkpoint(functools.partial(happen, clips))
+    body = functools.partial(_step, clips)
+    body = jax.checkpoint(body) if config.remat else body
     _, (totals, terms, ious) = lax.scan(body, state, _events(clips.plan, len(clips.trunk), key))
     terms = {name.replace("click_", "track_"): value.sum() for name, value in terms.items()}
     terms["prompted_iou"] = ious[0]
     if len(clips.trunk) > 1:
         terms |= {"tracked_iou": ious[2:].mean(), "last_iou": ious[-1]}
     return totals.sum(), terms
+
+
+def _step(clips: Clips, state: TrackState, event: Event) -> tuple[TrackState, tuple]:
+    """:func:`happen`, unless nothing does."""
+    one = functools.partial(happen, clips)
+    losses = jax.eval_shape(one, state, event)[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), losses)
+    return lax.cond(event.happens, one, lambda state, _: (state, nothing), state, event)
 
 
 def _prepare(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.models.tracker import ABSENT, Tracked
-from sam3_jax.tracking.memories import Frame
+from sam3_jax.tracking.memories import EMPTY, Frame
 from sam3_jax.tracking.programs import Programs
 from sam3_jax.tracking.state import TrackState
 from sam3_jax.tracking.step import PRESENT
@@ -50,6 +50,7 @@ class Buckets:
             )
         )
         self._used: list[int] = []  # of each bucket: slots up to the last that is in use
+        self._reads: list[int | None] = []  # prompted frames to read; None: to be counted anew
 
     @property
     def rows(self) -> int:
@@ -66,6 +67,7 @@ class Buckets:
         while self.rows < rows:
             self.states.append(self.programs.empty_state())
             self._used.append(0)
+            self._reads.append(None)
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
         """Something for each row, by bucket."""
@@ -76,7 +78,7 @@ class Buckets:
         found = [self.nothing] * len(self.states)
         for i in np.flatnonzero(self._used).tolist():
             found[i] = self.programs.propagate(
-                self.params, self.states[i], levels, frame, slots=self._width(i)
+                self.params, self.states[i], levels, frame, **self._least(i)
             )
         return found
 
@@ -100,7 +102,7 @@ class Buckets:
         found = [self.nothing] * len(self.states)
         for i in used:
             self.states[i], found[i] = self.programs.track(
-                self.params, self.states[i], levels, frame, slots=self._width(i)
+                self.params, self.states[i], levels, frame, **self._least(i)
             )
         return found
 
@@ -127,6 +129,8 @@ class Buckets:
         run = self.programs.memorize_concept if concept else self.programs.memorize
         given = self.params, self.states[bucket], levels, frame, found, write, conditioning
         self.states[bucket] = run(*given, prompted, scores, slots=self._width(bucket))
+        if conditioning.any():
+            self._reads[bucket] = None
 
     def prompt(
         self,
@@ -165,6 +169,7 @@ class Buckets:
         """Frees rows; ``live``: those that are in use afterwards."""
         for i, slots in self._slots(rows):
             self.states[i] = self.programs.remove(self.states[i], slots)
+            self._reads[i] = None
         self._used = [_extent(part) for part in self.split(live)]
 
     def forget_conditioning(self, rows: Int[np.ndarray, " k"], first: int, last: int) -> None:
@@ -173,6 +178,7 @@ class Buckets:
             self.states[i] = self.programs.forget_conditioning(
                 self.states[i], slots, np.int32(first), np.int32(last)
             )
+            self._reads[i] = None
 
     def _slots(self, rows: Int[np.ndarray, " k"]) -> list[tuple[int, np.ndarray]]:
         """Buckets that have some of these rows, with their slots."""
@@ -191,7 +197,7 @@ class Buckets:
     def unpack(self, packed: Packed) -> None:
         """Makes the buckets what they were; those that are there beyond are emptied."""
         count = max(packed.buckets, len(self.states))
-        self.states, self._used = [], []
+        self.states, self._used, self._reads = [], [], []
         self.reserve(count * self.size)
         for i, slots in self._slots(packed.rows):
             these = packed.rows // self.size == i
@@ -204,6 +210,16 @@ class Buckets:
     def _width(self, bucket: int) -> int:
         """Slots that a program has to look at."""
         return self.programs.width(self._used[bucket])
+
+    def _least(self, bucket: int) -> dict[str, int]:
+        """The least that a program has to look at: slots, and prompted frames of them."""
+        reads = self._reads[bucket]
+        if reads is None:
+            count = self.programs.config.stored_conditioning
+            frames = jax.device_get(self.states[bucket].map_frames)[:, :count]
+            most = int((frames != EMPTY).sum(axis=1).max())
+            reads = self._reads[bucket] = self.programs.reads_for(most)
+        return {"slots": self._width(bucket), "reads": reads}
 
 
 def _extent(slots: Bool[np.ndarray, " s"]) -> int:
