@@ -30,12 +30,23 @@ class Stage(NamedTuple):
     steps: int
     batch: int
     frames: int
+    stride: int
     rate: float
+    ema: float
+    begin: str  # the run whose model it begins with
+    freeze: tuple[str, ...] = ()
 
 
+# What clicks on pictures are answered with. (Whether an object is there, nobody asks clicks.)
+HEAD = (
+    r"^tracker/mask_decoder/(?!object_head/)",
+    r"^tracker/prompt_encoder/",
+    r"^tracker/no_memory_embed/",
+)
 STAGES = {
-    "near": Stage(200, batch=4, frames=2, rate=2e-3),
-    "clips": Stage(1000, batch=2, frames=5, rate=1e-3),
+    "near": Stage(200, 4, frames=2, stride=3, rate=2e-3, ema=0.95, begin="clicks"),
+    "clips": Stage(1000, 2, frames=5, stride=3, rate=1e-3, ema=0.99, begin="near"),
+    "memory": Stage(2600, 2, frames=5, stride=4, rate=1e-3, ema=0.995, begin="mean", freeze=HEAD),
 }
 # How memory attention begins: with equal biases of queries and keys, which are rotated by where
 # they are, each cell looks at the same place and its neighbours. (Of random values cells look
@@ -47,26 +58,25 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
     """The configuration of a stage; ``data`` is the folder that ``sam3_jax.demo.clips`` wrote."""
     if stage not in STAGES:
         raise ValueError(f"sam3_demo_tracker has no stage {stage!r}: {', '.join(STAGES)}")
-    steps, batch, frames, rate = STAGES[stage]
+    settings = STAGES[stage]
     near = stage == "near"
-    output = f"runs/sam3_demo_{stage}"
-    config = TrainConfig(task="tracker", output=output, steps=steps, batch_size=batch)
+    config = TrainConfig(task="tracker", output=f"runs/sam3_demo_{stage}")
+    config.steps, config.batch_size = settings.steps, settings.batch
     config.model = demo()
     config.train.annotations = f"{data}/train/annotations.json"
     config.valid.annotations = f"{data}/valid"
     config.data.threads = 1
-    before = ["clicks", *STAGES][list(STAGES).index(stage)]
-    config.init.checkpoint = f"runs/sam3_demo_{before}/model"
+    config.init.checkpoint = f"runs/sam3_demo_{settings.begin}/model"
     if near:
         config.init.fills = NEAR
 
     clips = config.clips
-    clips.frames, clips.max_stride, clips.objects = frames, 3, 2
+    clips.frames, clips.max_stride, clips.objects = settings.frames, settings.stride, 2
     clips.resolution, clips.mask_size = 256, 128
     clips.flip = clips.affine = clips.gray = 0.0  # digits are not mirrored; objects turn anyway
     clips.brightness = clips.contrast = 0.2
 
-    config.tracker.told_frames = 16
+    config.tracker.told_frames, config.tracker.remat = 16, False
     # As for clicks: with 20 : 1 masks become empty first.
     config.tracker.loss.mask_weight = config.tracker.loss.dice_weight = 5.0
     prompting = config.tracker.prompting
@@ -77,12 +87,12 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
         prompting.mask, prompting.box, prompting.corrections = 0.7, 0.1, 1
 
     config.optimizer = optimizer = tracking()
-    optimizer.freeze = (*IMAGE_MODEL, r"^vision/tracker_neck/")
-    optimizer.rest.rate = optimizer.vision.rate = rate
+    optimizer.freeze = (*IMAGE_MODEL, r"^vision/tracker_neck/", *settings.freeze)
+    optimizer.rest.rate = optimizer.vision.rate = settings.rate
     optimizer.weight_decay = 0.05
     optimizer.clip = 1.0
     optimizer.beta2 = 0.99
-    optimizer.ema = 0.95 if near else 0.99
+    optimizer.ema = settings.ema
     optimizer.schedule.warmup = 30
     config.step.dtype = "float32"
 

@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--average",
         metavar="MODEL",
         type=Path,
-        help="ship the mean of both models, but for the tracker's memory: clicks that the tracker's "
-        "training made worse come back",
+        help="ship the mean of both models, but for the tracker's memory: gives back what clicks "
+        "lost in the tracker's training",
     )
     add("--output", metavar="DIR", type=Path, default=FOLDER, help="(default: in the package)")
     args = parser.parse_args(argv)

@@ -27,8 +27,8 @@ class Programs:
 
     ``prompt``, ``prompt_mask``, ``track_chunk``, ``joint_scores``: as in ``tracking.step``.
     ``propagate``, ``track``, ``memorize``, ``memorize_concept``, ``memorize_tracked``: as there,
-    for the first ``slots`` (one of ``widths``; default: all), see ``tracking.narrow``; the first two
-    read at most ``reads`` prompted frames an object (one of ``reads``; default: all that may be).
+    for the first ``slots`` (one of ``widths``; default: all), see ``tracking.narrow``; the first
+    two read at most ``reads`` prompted frames an object (one of ``reads``; default: all).
     ``mask_prompt``, ``separate``: as in ``tracking.masks``, a program for each video size and for
     each number of buckets. ``add``, ``remove``, ``forget_tracked``, ``forget_conditioning``: as in
     ``tracking.state``; ``empty_state(slots=..., grid=...)`` in the compute dtype.
