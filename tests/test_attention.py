@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType
 
 from aot import compile_for, struct, tpu_mesh
 from sam3_jax.ops import attention as module
+from sam3_jax.ops import flash
 from sam3_jax.ops.attention import attention
 from sam3_jax.ops.chunked_attention import Operands, Tiles, chunked
 from sam3_jax.sharding import BATCH_AXES
@@ -174,9 +176,12 @@ def test_bfloat16(rng: np.random.Generator, kernel: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("d", [32, 256])
 @pytest.mark.parametrize("case", ["plain", "mask", "bias", "bias of all heads", "causal"])
-def test_cudnn_matches_float64(rng: np.random.Generator, case: str) -> None:
-    qkv, options = inputs(rng, case, n=201, m=517, h=4, d=32)
+def test_cudnn_matches_float64(rng: np.random.Generator, case: str, d: int) -> None:
+    if d > flash.cudnn_head_limit():
+        pytest.skip("not on this GPU")
+    qkv, options = inputs(rng, case, n=201, m=517, h=4, d=d)
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
     grad = jnp.asarray(rng.normal(size=qkv[0].shape), jnp.bfloat16)
     f = functools.partial(attention, implementation="cudnn")
@@ -276,9 +281,22 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 
 
 def test_cudnn_refuses_head_size() -> None:
-    x = jnp.zeros((1, 4, 1, 256), jnp.bfloat16)
-    with pytest.raises(ValueError, match="up to 128, not 256"):
+    x = jnp.zeros((1, 4, 1, 512), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"up to (128|256) here, not 512"):
         attention(x, x, x, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "limit"),
+    [("cpu", None, 128), ("gpu", "8.0", 128), ("gpu", "9.0", 256), ("gpu", "12.0", 128)],
+)
+def test_cudnn_takes_large_heads_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, backend: str, capability: str, limit: int
+) -> None:
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert flash.cudnn_head_limit.__wrapped__() == limit
 
 
 def test_mixed_dtypes_are_refused() -> None:

@@ -236,7 +236,7 @@ def test_the_configurations_in_the_repository():
         ("sam3_demo", DEMO_STAGES),
         ("sam3_demo_finetune", (None,)),
         ("sam3_tracker", ("clips", "long")),
-        ("sam3_demo_tracker", ("near", "clips")),
+        ("sam3_demo_tracker", ("near", "clips", "memory")),
     ):
         get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
         for variant in variants:

@@ -7,10 +7,11 @@ Stands for ``F.scaled_dot_product_attention``, which all of upstream's attention
 platform  condition                                   kernel
 ========  ==========================================  =============================================
 TPU       bfloat16, no bias, no dropout               Pallas splash attention
-CUDA      16 bits, head size % 8 == 0 and <= 128,     cuDNN flash attention; a key mask becomes
-          no dropout, not causal with a key mask      lengths, or part of the bias if there is one
+CUDA      16 bits, head size % 8 == 0 and <= 128      cuDNN flash attention; a key mask becomes
+          (Hopper: 256, as memory attention has),     lengths, or part of the bias if there is one
+          no dropout, not causal with a key mask
 GPU, TPU  everything else (float32, training with     ``chunked``: tiles of at most 576 queries and
-          dropout, head size 256, a bias on a TPU)    256 MB of scores, in XLA
+          dropout, larger heads, a bias on a TPU)     256 MB of scores, in XLA
 CPU       always, in float32 inside                   ``chunked``: tiles that fit the cache
 ========  ==========================================  =============================================
 
@@ -126,8 +127,9 @@ def _refusal(kernel: str, x: Operands, causal: bool) -> str | None:
     if kernel == "cudnn":
         if bits != 16:
             return f"takes 16-bit inputs, not {x.q.dtype}"
-        if d % 8 or d > 128:
-            return f"takes head sizes that are multiples of 8 up to 128, not {d}"
+        if d % 8 or d > flash.cudnn_head_limit():
+            limit = flash.cudnn_head_limit()
+            return f"takes head sizes that are multiples of 8 up to {limit} here, not {d}"
         if causal and x.key_mask is not None:
             return "takes no key mask with causal"
     return None

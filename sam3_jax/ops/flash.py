@@ -6,6 +6,7 @@ TPUs (``jax.experimental.pallas.ops.tpu.splash_attention``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,19 @@ SPLASH_BLOCK = 1024
 SPLASH_LANES = 128
 
 
+@functools.cache
+def cudnn_head_limit() -> int:
+    """Largest head size of cuDNN's kernels and their gradients: 256 on Hopper, elsewhere 128.
+
+    Of this process's first GPU; without one (compiling ahead of time) 128, as jax then decides.
+    """
+    if jax.default_backend() != "gpu":
+        return 128
+    return 256 if jax.local_devices()[0].compute_capability == "9.0" else 128
+
+
 def cudnn(x: Operands, *, causal: bool) -> Float[Array, "b n h d"]:
-    """cuDNN's flash attention (16 bits, head size a multiple of 8 up to 128, no dropout).
+    """cuDNN's flash attention (16 bits, no dropout, head size a multiple of 8 up to a limit).
 
     A key mask becomes a length, for which the valid keys are moved to the front; with a bias it is
     added to that. A bias has odd lengths padded, without which cuDNN has no gradient.
