@@ -4,7 +4,8 @@
     python train.py --config=configs/sam3_demo_tracker.py:near --cpu_devices=2
     python train.py --config=configs/sam3_demo_tracker.py:clips --cpu_devices=2
     python -m sam3_jax.demo.bundle runs/sam3_demo_clips/model \\
-        --average runs/sam3_demo_clicks/model --output runs/sam3_demo_mean/model
+        --average runs/sam3_demo_clicks/model --average-part image clicks \\
+        --output runs/sam3_demo_mean/model
     python train.py --config=configs/sam3_demo_tracker.py:memory --cpu_devices=2
 
 They begin with ``configs/sam3_demo.py:clicks``: its trunk and necks stay as they are, its
@@ -12,9 +13,9 @@ interactive head is where the tracker's begins. Stages:
 
 - ``near``: two frames up to 3 apart, the first with masks: where did objects go?
 - ``clips``, from there: 5 frames, prompted by masks, points and boxes. Objects leave and come back.
-- ``memory``, from the mean of that and ``clicks``: as ``clips``, but for the head, which stays as it
-  is. Following things has cost it clicks on pictures; half-way back it has all of them, and memory
-  learns to be read by it.
+- ``memory``, from the mean of that and ``clicks``: as ``clips``, but for the head, which stays as
+  it is. Following things has cost it clicks on pictures; half-way back it has all of them, and
+  memory learns to be read by it.
 
 Few corrections, as the head has learned them from pictures.
 

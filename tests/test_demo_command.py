@@ -259,12 +259,16 @@ def test_bundled_weights_are_the_models_in_half_precision(bundled, run_model, tm
 
 
 def test_a_mean_of_two_models(run_model, tmp_path):
-    """Of what pictures are answered with; memory stays the model's own."""
+    """Of all, or of what pictures are answered with: memory stays the model's own."""
     params = checkpoint.load(run_model).params
     checkpoint.save(
         tmp_path / "other", jax.tree.map(lambda x: 3 * x, params), tiny_predictor.config()
     )
-    bundle.bundle(run_model, tmp_path / "mean", average=tmp_path / "other")
+    arguments = [str(run_model), "--average", str(tmp_path / "other"), "--output"]
+    assert bundle.main([*arguments, str(tmp_path / "all")]) == 0
+    arguments = [*arguments[:-1], "--average-part", "image", "clicks", "--output"]
+    assert bundle.main([*arguments, str(tmp_path / "mean")]) == 0
+    every = flatten(checkpoint.load(tmp_path / "all").params)
     mean = flatten(checkpoint.load(tmp_path / "mean").params)
     shared = flatten(checkpoint.load(run_model, parts=["image", "clicks"]).params)
     assert any(path.startswith("tracker/mask_decoder/") for path in shared)
@@ -272,6 +276,7 @@ def test_a_mean_of_two_models(run_model, tmp_path):
     for path, value in flatten(params).items():
         expected = value * (2 if path in shared else 1)
         np.testing.assert_allclose(mean[path], expected, rtol=2**-11, atol=3e-8, err_msg=path)
+        np.testing.assert_allclose(every[path], 2 * value, rtol=2**-11, atol=3e-8, err_msg=path)
     with pytest.raises(CheckpointError, match="other: tracker/more does not fit the model"):
         bundle._mean(params, {"tracker": {"more": np.zeros(2)}}, Path("other"))
     arguments = [str(run_model), "--average", str(tmp_path / "none")]

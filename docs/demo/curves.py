@@ -25,6 +25,7 @@ STAGES = {
     "clicks": ("click_first_iou", "click_last_iou"),
     "near": ("tracked_iou",),
     "clips": ("prompted_iou", "tracked_iou", "last_iou"),
+    "memory": ("prompted_iou", "tracked_iou", "last_iou"),
 }
 KEPT = ("kind", "step", "steps", "time", "step_s", "loss", "grad_norm", "rate")
 ROWS = 2

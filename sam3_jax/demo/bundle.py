@@ -37,6 +37,7 @@ def bundle(
     figures: Path | None = None,
     parts: Sequence[str] = (),
     average: Path | None = None,
+    average_parts: Sequence[str] = (),
 ) -> int:
     """Writes ``target``, a checkpoint in half precision; returns its size in bytes.
 
@@ -45,8 +46,8 @@ def bundle(
       target: replaced, if it is a checkpoint.
       figures: what ``python -m sam3_jax.demo.figures`` wrote about the model.
       parts: that are shipped; none: those that the model holds.
-      average: another model of the same run of stages. What pictures are answered with becomes the
-        mean of both: the tracker's training moves the head that clicks use, too.
+      average: another model of the same run of stages; what it holds becomes the mean of both.
+      average_parts: of ``average`` that count; none: all.
 
     Raises:
       CheckpointError: no usable checkpoint; values that half precision does not hold; too large.
@@ -62,7 +63,8 @@ def bundle(
         metadata["figures"] = measured["figures"]
     params = loaded.params
     if average is not None:
-        params = _mean(params, checkpoint.load(average, parts=["image", "clicks"]).params, average)
+        other = checkpoint.load(average, parts=list(average_parts) or None)
+        params = _mean(params, other.params, average)
         metadata["averaged"] = True
     _check_range(model, params)
     checkpoint.save(
@@ -128,12 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=tuple(checkpoint.PARTS),
         help="what to ship: 'image clicks' leaves out the tracker's memory (default: all)",
     )
+    add("--average", metavar="MODEL", type=Path, help="ship the mean of both models")
     add(
-        "--average",
-        metavar="MODEL",
-        type=Path,
-        help="ship the mean of both models, but for the tracker's memory: gives back what clicks "
-        "lost in the tracker's training",
+        "--average-part",
+        nargs="+",
+        default=[],
+        choices=tuple(checkpoint.PARTS),
+        help="of --average: 'image clicks' gives back what clicks lost in the tracker's training "
+        "(default: all)",
     )
     add("--output", metavar="DIR", type=Path, default=FOLDER, help="(default: in the package)")
     args = parser.parse_args(argv)
@@ -144,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures=args.figures,
             parts=args.part,
             average=args.average,
+            average_parts=args.average_part,
         )
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
