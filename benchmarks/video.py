@@ -10,7 +10,9 @@ first frame. transformers' is ``Sam3TrackerVideoModel``, fed frame by frame. Eve
 in a process of its own, after so many frames that memory is full:
 
 - ``track``: a frame whose features are there, all objects, from memory attention to the new memory;
-- ``chunk`` (ours): the same by ``track_chunk``, several frames in one program;
+  ours reads only as many prompted frames as there are (one here);
+- ``chunk`` (ours): the same by ``track_chunk``, several frames in one program, which has room for
+  all prompted frames that may be read;
 - ``frame``: a frame of a session, from pixels to masks at the video's size, backbone included; on
   a GPU beside the frames a second that were published for an H100, and the goals;
 - ``rss``: resident memory after so many frames of a tiny session, two objects.
@@ -18,7 +20,10 @@ in a process of its own, after so many frames that memory is full:
 "--part tracker" leaves the backbone out; its model has one block of it, so that it needs 1 GB.
 "--tpu" compiles a frame of tracking (``tracking.step.track``) of the released size in bfloat16
 ahead of time: memory and FLOPs a chip, which do not count what Pallas kernels (attention) do. It
-takes the ``libtpu`` wheel. A case is DEVICE:CHIPS:OBJECTS, a bucket of so many over all chips.
+takes the ``libtpu`` wheel. A case is DEVICE:CHIPS:OBJECTS. As in sessions, chips share a bucket of
+16 objects (rounded up to a multiple of the chips; fewer where there are fewer). More objects are
+more calls, one a bucket: FLOPs and GB moved are of all of them, ``total_gb`` is of one call and the
+states of the other buckets.
 """
 
 from __future__ import annotations
@@ -317,9 +322,13 @@ def compile_case(case: str, *, quick: bool) -> dict[str, Any]:
     from sam3_jax.tracking.programs import Programs
     from sam3_jax.tracking.state import empty_state, state_bytes
 
-    device, chips, objects = case.split(":")
-    mesh = aot.device_mesh(aot.Case(device, int(chips), 1, 1))
-    model, tracker = sam3(), TrackerConfig(bucket_size=int(objects))
+    device, *numbers = case.split(":")
+    chips, objects = map(int, numbers)
+    mesh = aot.device_mesh(aot.Case(device, chips, 1, 1))
+    # As sessions have it (video.command.config_of).
+    bucket = min(-(-slots // chips) * chips for slots in (objects, TrackerConfig().bucket_size))
+    calls = -(-objects // bucket)
+    model, tracker = sam3(), TrackerConfig(bucket_size=bucket)
     programs = Programs(model, tracker, dtype=jnp.bfloat16)
     whole = NamedSharding(mesh, PartitionSpec())
     grid = model.image_size // model.vision.patch_size
@@ -343,8 +352,14 @@ def compile_case(case: str, *, quick: bool) -> dict[str, Any]:
         lowered = programs.track.lower(*args)
     compiled = lowered.compile(compiler_options=aot.QUICK if quick else None)
     row = {"case": case, "chip_gb": aot.MEMORY_GB[device], **aot.measure(compiled)}
-    state_gb = state_bytes(tracker, model, dtype=jnp.bfloat16, objects=int(objects)).session / 1e9
-    return row | {"state_gb": state_gb, "compile_s": time.perf_counter() - start}
+    state_gb = state_bytes(tracker, model, dtype=jnp.bfloat16, objects=objects).session / 1e9
+    # The other buckets wait with their states alone.
+    row["total_gb"] += state_gb * (1 - 1 / calls) / chips
+    for name in ("tflop", "moved_gb"):
+        if row[name] is not None:  # of GPUs nothing is said
+            row[name] *= calls
+    row |= {"calls": calls, "state_gb": state_gb, "compile_s": time.perf_counter() - start}
+    return row
 
 
 TIMES = (
@@ -352,7 +367,8 @@ TIMES = (
 ).split()
 MEMORY = ("side", "frames", "rss_mb")
 TPU = (
-    "case arguments_gb outputs_gb temporaries_gb total_gb chip_gb state_gb tflop moved_gb compile_s"
+    "case calls arguments_gb outputs_gb temporaries_gb total_gb chip_gb state_gb tflop moved_gb"
+    " compile_s"
 ).split()
 
 

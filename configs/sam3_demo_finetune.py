@@ -16,12 +16,12 @@ from sam3_jax.config import demo
 from sam3_jax.demo.weights import FOLDER
 from sam3_jax.trainer.config import TrainConfig
 
-SIDE = 256  # of the pictures, in pixels
+SIDE = 320  # of the pictures, in pixels: as the weights have learned
 
 
 def get_config(data: str = "data/coins") -> TrainConfig:
     """The configuration; ``data`` is the folder that ``sam3_jax.demo.coins`` wrote."""
-    config = TrainConfig(output="runs/coins", steps=100, batch_size=4)
+    config = TrainConfig(output="runs/coins", steps=150, batch_size=4)
     config.init.checkpoint = str(FOLDER)
     config.model = demo()
     config.train.annotations = f"{data}/train/annotations.json"

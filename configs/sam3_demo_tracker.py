@@ -7,6 +7,8 @@
         --average runs/sam3_demo_clicks/model --average-part image clicks \\
         --output runs/sam3_demo_mean/model
     python train.py --config=configs/sam3_demo_tracker.py:memory --cpu_devices=2
+    python train.py --config=configs/sam3_demo.py:finer --cpu_devices=2
+    python train.py --config=configs/sam3_demo_tracker.py:last --cpu_devices=2
 
 They begin with ``configs/sam3_demo.py:clicks``: its trunk and necks stay as they are, its
 interactive head is where the tracker's begins. Stages:
@@ -15,7 +17,9 @@ interactive head is where the tracker's begins. Stages:
 - ``clips``, from there: 5 frames, prompted by masks, points and boxes. Objects leave and come back.
 - ``memory``, from the mean of that and ``clicks``: as ``clips``, but for the head, which stays as
   it is. Following things has cost it clicks on pictures; half-way back it has all of them, and
-  memory learns to be read by it.
+  memory learns to be read by it;
+- ``last``, from there (and a detector that has seen larger pictures): the same at 320 pixels, where
+  small things have half as many cells again.
 
 Few corrections, as the head has learned them from pictures.
 
@@ -42,6 +46,7 @@ class Stage(NamedTuple):
     ema: float
     begin: str  # the run whose model it begins with
     freeze: tuple[str, ...] = ()
+    side: int = 256  # of the frames, in pixels
 
 
 # What clicks on pictures are answered with. (Whether an object is there, nobody asks clicks.)
@@ -51,10 +56,13 @@ HEAD = (
     r"^tracker/no_memory_embed/",
 )
 STAGES = {
-    "near": Stage(200, 4, frames=2, stride=3, rate=2e-3, ema=0.95, begin="clicks"),
-    "clips": Stage(1000, 2, frames=5, stride=3, rate=1e-3, ema=0.99, begin="near"),
-    "memory": Stage(2600, 2, frames=5, stride=4, rate=1e-3, ema=0.995, begin="mean", freeze=HEAD),
+    "near": Stage(200, batch=4, frames=2, stride=3, rate=2e-3, ema=0.95, begin="clicks"),
+    "clips": Stage(1000, batch=2, frames=5, stride=3, rate=1e-3, ema=0.99, begin="near"),
+    "memory": Stage(
+        2600, batch=2, frames=5, stride=4, rate=1e-3, ema=0.995, begin="mean", freeze=HEAD
+    ),
 }
+STAGES["last"] = STAGES["memory"]._replace(steps=1000, rate=5e-4, begin="finer", side=320)
 # How memory attention begins: with equal biases of queries and keys, which are rotated by where
 # they are, each cell looks at the same place and its neighbours. (Of random values cells look
 # everywhere alike.)
@@ -79,7 +87,7 @@ def get_config(stage: str = "near", data: str = "data/clips") -> TrainConfig:
 
     clips = config.clips
     clips.frames, clips.max_stride, clips.objects = settings.frames, settings.stride, 2
-    clips.resolution, clips.mask_size = 256, 128
+    clips.resolution, clips.mask_size = settings.side, settings.side // 2
     clips.flip = clips.affine = clips.gray = 0.0  # digits are not mirrored; objects turn anyway
     clips.brightness = clips.contrast = 0.2
 

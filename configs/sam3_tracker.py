@@ -20,8 +20,9 @@ prompted, 7 corrective clicks; flips, turns, shears, colours. AdamW with weight 
 are those of the released detector recipe. The trunk alone is frozen here: the neck in front of the
 tracker is the tracker's own, no other part reads it.
 
-Hardware: written for a v5e-256, two clips a chip in two micro-batches. It has been compiled for
-less (docs/training.md) and not been run. ``long`` has 16 frames.
+Hardware: written for a v5e-256, two clips a chip in two micro-batches; not run. A small tracker's
+step has been compiled for four v5e chips (``tests/test_aot_train.py``), not one of this size.
+``long`` has 16 frames.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from sam3_jax.ops import convolution
 from sam3_jax.ops.convolution import conv2d
 from sam3_jax.sharding import batch_sharding, make_mesh
 
-# Size, stride, padding, groups, channels out; the last ones are depthwise.
+# Size, stride, padding, groups, channels out; the last ones are depthwise, one of them with more
+# padding than its elements reach.
 CASES = [(3, 1, 1, 1, 12), (3, 2, 1, 1, 12), (4, 4, 0, 1, 12), (1, 1, 0, 1, 12), (7, 1, 3, 6, 12)]
-CASES += [(7, 1, 3, 6, 6), (3, 1, 0, 6, 6), (3, 2, 1, 6, 6)]
+CASES += [(7, 1, 3, 6, 6), (3, 1, 0, 6, 6), (3, 2, 1, 6, 6), (3, 1, 3, 6, 6)]
 
 
 @pytest.mark.parametrize(("size", "stride", "pad", "groups", "out"), CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -262,7 +263,10 @@ def test_a_mean_of_two_models(run_model, tmp_path):
     """Of all, or of what pictures are answered with: memory stays the model's own."""
     params = checkpoint.load(run_model).params
     checkpoint.save(
-        tmp_path / "other", jax.tree.map(lambda x: 3 * x, params), tiny_predictor.config()
+        tmp_path / "other",
+        jax.tree.map(lambda x: 3 * x, params),
+        tiny_predictor.config(),
+        metadata={"source": "trained from /home/somebody/model", "step": 7, "run": "/home/me"},
     )
     arguments = [str(run_model), "--average", str(tmp_path / "other"), "--output"]
     assert bundle.main([*arguments, str(tmp_path / "all")]) == 0
@@ -277,10 +281,58 @@ def test_a_mean_of_two_models(run_model, tmp_path):
         expected = value * (2 if path in shared else 1)
         np.testing.assert_allclose(mean[path], expected, rtol=2**-11, atol=3e-8, err_msg=path)
         np.testing.assert_allclose(every[path], 2 * value, rtol=2**-11, atol=3e-8, err_msg=path)
-    with pytest.raises(CheckpointError, match="other: tracker/more does not fit the model"):
-        bundle._mean(params, {"tracker": {"more": np.zeros(2)}}, Path("other"))
-    arguments = [str(run_model), "--average", str(tmp_path / "none")]
-    assert bundle.main([*arguments, "--output", str(tmp_path / "x")]) == 2
+    averaged = checkpoint.load(tmp_path / "mean").metadata["averaged"]
+    assert averaged == {
+        "source": "trained from model",
+        "step": 7,
+        "parts": ["image", "clicks"],
+        "share": 0.5,
+    }
+    arguments = [str(run_model), "--average", str(tmp_path / "other"), "--average-share", "0.25"]
+    assert bundle.main([*arguments, "--output", str(tmp_path / "quarter")]) == 0
+    quarter = flatten(checkpoint.load(tmp_path / "quarter").params)
+    for path, value in flatten(params).items():
+        np.testing.assert_allclose(quarter[path], 1.5 * value, rtol=2**-11, atol=3e-8, err_msg=path)
+    # What is not shipped is not averaged.
+    arguments = [str(run_model), "--part", "image", "clicks", "--average", str(tmp_path / "other")]
+    assert bundle.main([*arguments, "--output", str(tmp_path / "part")]) == 0
+    part = checkpoint.load(tmp_path / "part")
+    assert part.metadata["averaged"]["parts"] == part.metadata["parts"] == ["image", "clicks"]
+    found = flatten(part.params)
+    assert found.keys() == shared.keys()
+    for path, value in shared.items():
+        np.testing.assert_allclose(found[path], 2 * value, rtol=2**-11, atol=3e-8, err_msg=path)
+
+
+def test_models_that_have_no_mean(run_model, tmp_path, capsys):
+    params, config = checkpoint.load(run_model).params, tiny_predictor.config()
+    checkpoint.save(tmp_path / "other", params, config)
+    larger = dataclasses.replace(config, image_size=2 * config.image_size)
+    checkpoint.save(tmp_path / "larger", params, larger)
+    broken = jax.tree.map(np.copy, params)
+    broken["decoder"]["query_embed"]["embedding"][0, 0] = np.nan
+    checkpoint.save(tmp_path / "broken", broken, config)
+
+    def refused(*arguments: str) -> str:
+        output = tmp_path / "out"
+        assert bundle.main([str(run_model), *arguments, "--output", str(output)]) == 2
+        assert not output.exists()
+        return capsys.readouterr().err
+
+    assert "error: parts to average (--average-part), but no" in refused("--average-part", "image")
+    assert "no such folder" in refused("--average", str(tmp_path / "none"))
+    assert "between 0 and 1, got 1.0" in refused("--average-share", "1")
+    said = refused("--average", str(tmp_path / "larger"))
+    sizes = f"image_size is {larger.image_size}, not {config.image_size}"
+    assert f"{tmp_path / 'larger'}: does not fit the model that is shipped: {sizes};" in said
+    said = refused("--average", str(tmp_path / "broken"))
+    assert f"{tmp_path / 'broken'}: decoder/query_embed/embedding has values that are not" in said
+    arguments = ("--part", "image", "--average", str(tmp_path / "other"), "--average-part")
+    said = refused(*arguments, "clicks")
+    assert f"{tmp_path / 'other'}: tracker/" in said
+    assert "is missing in the model that is shipped" in said
+    with pytest.raises(CheckpointError, match=r"other: a has shape \(2,\), in .* it has \(3,\)"):
+        bundle._mean({"a": np.zeros(3)}, {"a": np.zeros(2)}, Path("other"))
 
 
 def test_what_cannot_be_bundled(run_model, tmp_path, monkeypatch, capsys):

@@ -30,9 +30,8 @@ from upstream_memory import Rules
 
 CONFIG = config.sam3()
 FRAMES = 6
-# Two slots, no more: float32 at this size takes minutes an object on a CPU. One prompted frame is
-# all there is, so that reading one more map than that would only add masked tokens.
-RULES = TrackerConfig(selection="session", max_conditioning=1)
+# Two slots, no more: float32 at this size takes minutes an object on a CPU.
+RULES = TrackerConfig(selection="session")
 POINTS = ObjectClicks(np.array([[440.0, 220.0], [900.0, 300.0]]), np.array([1, 0]))
 BOX = ObjectClicks(np.array([[300.0, 50.0], [640.0, 500.0]]), np.array([2, 3]))
 
@@ -88,7 +87,9 @@ def test_two_objects_over_six_frames(rng):
     state = programs.memorize(params, state, *args)
     present = 0
     for t in range(1, FRAMES):
-        state, found = programs.track(params, state, frames[t].arrays(), frame_at(t, FRAMES))
+        args = frames[t].arrays(), frame_at(t, FRAMES)
+        # As sessions do: one prompted frame is all there is, more maps would be masked tokens.
+        state, found = programs.track(params, state, *args, reads=1)
         for i, expected in enumerate(session.track(t)):
             compare(found, i, expected, f"frame {t}, object {i}")
             present += expected.object_logit > 0

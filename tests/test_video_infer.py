@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,6 +33,7 @@ from video_clips import spoil, write_clip
 from video_session import FRAMES, SIZE, clip
 
 CAT = ("--prompt", "cat")
+make_predictor = VideoPredictor.from_engine  # tests replace it
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,37 @@ def predictor() -> VideoPredictor:
 
 @pytest.fixture
 def run(predictor, monkeypatch, tmp_path):
-    """Runs the command on the tiny model and its rules, writing to ``tmp_path / "out"``."""
-    monkeypatch.setattr(VideoPredictor, "from_engine", lambda engine, video: predictor)
+    """Runs the command on the tiny model, writing to ``tmp_path / "out"``.
+
+    By the command's rules, but where they are the default ones by those that suit random weights.
+    """
+    monkeypatch.setattr(
+        VideoPredictor, "from_engine", lambda engine, video: suited(predictor, video)
+    )
     return caller(predictor.engine, monkeypatch, tmp_path / "out")
+
+
+def suited(predictor: VideoPredictor, video: VideoConfig) -> VideoPredictor:
+    """A predictor by what ``video`` has otherwise than the default, and the tiny rules."""
+    default, own = VideoConfig(), predictor.video
+
+    def changed(part: str) -> Any:
+        before, now, tiny = (getattr(config, part) for config in (default, video, own))
+        kept = ("bucket_size",)  # a machine's
+        names = [f.name for f in dataclasses.fields(before) if f.name not in kept]
+        values = {name: getattr(now, name) for name in names}
+        new = {name: v for name, v in values.items() if v != getattr(before, name)}
+        return dataclasses.replace(tiny, **new)
+
+    rules = dataclasses.replace(
+        own, tracker=changed("tracker"), concepts=changed("concepts"), snapshot_bytes=0
+    )
+    made = make_predictor(predictor.engine, video=rules)
+    if rules.tracker == own.tracker:  # the same programs: compiling is what takes time
+        made._programs = predictor._programs
+    if rules.concepts == own.concepts:
+        made._concepts = predictor._concepts
+    return made
 
 
 @pytest.fixture
@@ -140,11 +171,65 @@ def test_one_object_from_a_frame_on(run, movie, tmp_path, predictor):
         found = frame.masks[0] if len(frame.ids) else np.zeros(SIZE, bool)
         np.testing.assert_array_equal(found, stored is not None and rle.decode_mask(stored))
     shown = list(open_video(tmp_path / "out" / "clip_overlay.mp4"))
-    assert len(shown) == FRAMES - 2
-    assert shown[0].time == 0
+    assert [f.time for f in shown] == pytest.approx(np.arange(FRAMES) / 10)
+    plain = [frame.image.astype(int) for frame in open_video(movie)]
+    changes = [np.abs(a.image - b).mean() for a, b in zip(shown, plain, strict=True)]
+    assert max(changes[:2]) < 0.5 * max(changes[2:]), "nothing is drawn before, but coded it is"
+    assert data["videos"][0]["times"][:3] == [None, None, 0.2]
+    lines = (tmp_path / "out" / "frames" / "clip.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["frame"] for line in lines] == list(range(2, FRAMES))
     assert run("--input", movie, "--mask-prompt", tmp_path / "mask.png", "--overwrite") == 0
     first = rle.decode_mask(tracks(tmp_path)["annotations"][0]["segmentations"][0])
     assert (first ^ mask).mean() < 0.05  # its edge is off by a low-resolution pixel
+
+
+def test_scores_of_every_frame(run, movie, tmp_path, predictor):
+    """What the tracker thinks of an object frame by frame, beside what it came of."""
+    assert run("--input", movie, *CAT, "--no-overlay") == 0
+    session = predictor.start(movie)
+    session.add_text("cat")
+    found = list(session.propagate())
+    annotations = {a["id"]: a for a in tracks(tmp_path)["annotations"]}
+    lines = (tmp_path / "out" / "frames" / "clip.jsonl").read_text().splitlines()[1:]
+    for frame, line in zip(found, lines, strict=True):
+        objects = {item["id"]: item for item in json.loads(line)["objects"]}
+        assert sorted(objects) == frame.ids.tolist()
+        for i, one, score in zip(frame.ids, frame.scores, frame.tracker_scores, strict=True):
+            track = annotations[int(i)]
+            assert objects[int(i)]["score"] == track["scores"][frame.index]
+            assert objects[int(i)]["tracker_score"] == track["tracker_scores"][frame.index]
+            assert track["scores"][frame.index] == pytest.approx(one, abs=1e-6)
+            assert track["tracker_scores"][frame.index] == pytest.approx(score, abs=1e-6)
+    for i, track in annotations.items():
+        there = [i in frame.ids for frame in found]
+        assert [score is not None for score in track["tracker_scores"]] == there
+        assert len(set(track["scores"]) - {None}) == 1
+    assert max(len(set(a["tracker_scores"])) for a in annotations.values()) > 2
+
+
+def test_settings_reach_the_session(run, movie, tmp_path):
+    """Each by what it changes in the results."""
+
+    def found(*arguments: str) -> list[dict]:
+        assert run("--input", movie, *CAT, "--no-overlay", "--overwrite", *arguments) == 0
+        return tracks(tmp_path)["annotations"]
+
+    def begins(annotations: list[dict]) -> set[int]:
+        areas = [a["areas"] for a in annotations]
+        return {next(i for i, area in enumerate(own) if area is not None) for own in areas}
+
+    plain = found()
+    assert plain
+    assert found("--threshold", "0.9") == []
+    low = found("--threshold", "0.05")
+    assert low
+    assert min(a["score"] for a in low) > 0.05
+    early = found("--delay", "0")
+    assert {a["id"] for a in early} > {a["id"] for a in plain}, "what hotstart removes"
+    # SAM 3.1 shows what was found three times running, of which the first frame counts twice.
+    confirmed = found("--delay", "0", "--preset", "sam3.1", "--threshold", "0.05")
+    assert 0 in begins(early)
+    assert min(begins(confirmed)) == 1
 
 
 def test_boxes_are_exemplars_on_their_frame(run, movie, tmp_path):
@@ -156,6 +241,14 @@ def test_boxes_are_exemplars_on_their_frame(run, movie, tmp_path):
     assert "lies outside" in records(tmp_path)[-1]["error"]
     assert run("--input", movie, *CAT, "--box", "4,4,40,40", "--at", "99", "--overwrite") == 1
     assert "there is no frame 99" in records(tmp_path)[-1]["error"]
+
+
+def test_a_threshold_of_one_video_is_refused(run, movie, tmp_path):
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text(json.dumps({"image": "clip.mp4", "phrases": ["cat"], "threshold": 0.1}))
+    assert run("--jobs", jobs) == 1
+    error = "a video has no threshold of its own: leave out the job's, and give --threshold"
+    assert error in records(tmp_path)[-1]["error"]
 
 
 def test_bad_videos_do_not_end_the_run(run, movie, tmp_path, capsys):
@@ -287,6 +380,9 @@ def test_pictures_and_videos_each_their_own_way(tmp_path, movie, folder):
         (["--input", "x.mp4", *CAT, "--fps", "0"], "is no number of frames a second"),
         (["--input", "x.mp4", *CAT, "--preset", "sam4"], "invalid choice"),
         (["--input", "x.mp4", *CAT, "--tile", "500"], "--tile is for pictures, and there are none"),
+        (["--input", "x.mp4", *CAT, "--boxes", "masks"], "--boxes is for pictures, and there are"),
+        (["--input", "x.mp4", *CAT, "--batch-size", "2"], "--batch-size is for pictures, and "),
+        (["--input", "x.mp4", *CAT, "--nms-threshold", "0.3"], "--nms-threshold is for pictures"),
         (["--input", "x.jpg", *CAT, "--delay", "0"], "--delay is for videos, and there are none"),
         (["--input", "x.jpg", *CAT, "--at", "3"], "frame is of videos, x.jpg is a picture"),
         (["--input", "x.mp4", "--everything"], "--everything is for pictures"),

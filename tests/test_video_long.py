@@ -8,7 +8,6 @@ import itertools
 import platform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
@@ -16,7 +15,6 @@ import pytest
 import tiny_predictor
 import video_session
 from sam3_jax.tracking.config import TrackerConfig
-from sam3_jax.tracking.memories import frame_at
 from sam3_jax.video.config import VideoConfig
 from sam3_jax.video.predictor import VideoPredictor
 from sam3_jax.video.session import Session
@@ -33,28 +31,8 @@ RULES = VideoConfig(
 def predictor() -> VideoPredictor:
     made = video_session.params(), tiny_predictor.config()
     predictor = VideoPredictor(*made, dtype="float32", video=RULES)
-    compile_widths(predictor)
+    predictor.warm_up()
     return predictor
-
-
-def compile_widths(predictor: VideoPredictor) -> None:
-    """Programs for few objects or prompts, which a session may want only after a long time."""
-    engine, programs = predictor.engine, predictor._programs
-    side = engine.config.image_size
-    trunk = engine.trunk(np.zeros((1, side, side, 3), np.uint8))
-    levels = engine.run.tracker_levels(engine.params, trunk)
-    none = np.zeros(RULES.tracker.bucket_size, bool)
-    grid = side // engine.config.vision.patch_size
-    large = jnp.zeros((len(none), 16 * grid, 16 * grid))
-    for slots, reads in itertools.product(programs.widths, programs.reads):
-        given, least = (levels, frame_at(0)), {"slots": slots, "reads": reads}
-        state = programs.empty_state()
-        found = programs.propagate(engine.params, state, *given, **least)
-        rest = none, none, none, None
-        state = programs.memorize(engine.params, state, *given, found, *rest, slots=slots)
-        found = found._replace(masks=large)
-        state = programs.memorize_concept(engine.params, state, *given, found, *rest, slots=slots)
-        programs.track(engine.params, state, *given, **least)
 
 
 class Watch:

@@ -133,8 +133,63 @@ def test_clicked_objects_beside_phrases(predictor):
     assert late == 1_000_000
     again = follow(session.propagate())
     assert identities(again) - {late} == identities(frames)
-    session.remove(min(found))
-    assert min(found) not in identities(follow(session.propagate()))
+    assert session.objects[late] == ""
+
+
+def test_what_was_removed_stays_away(predictor):
+    """Its phrase finds it as before, so it is followed on, unseen."""
+    session = predictor.start(clip())
+    session.add_text("cat")
+    before = follow(session.propagate())
+    gone = int(before[-1].ids[0])
+    session.remove(gone)
+    assert gone not in session.objects
+    with pytest.raises(KeyError, match=f"object {gone} was removed"):
+        session.remove(gone)
+    after = follow(session.propagate())
+    assert identities(after) == identities(before) - {gone}
+    for frame, old in zip(after, before, strict=True):
+        assert set(old.ids.tolist()) - {gone} <= set(frame.ids.tolist())
+    # In the middle of a pass, of frames that wait as well.
+    early = predictor.start(clip())
+    early.add_text("cat")
+    running = early.propagate()
+    first = next(running)
+    early.remove(gone)
+    assert identities([first, *running]) <= {*identities(after), *first.ids.tolist()}
+    assert gone not in identities(follow(early.propagate()))
+
+
+def test_another_phrase_begins_with_new_numbers(predictor):
+    """What was said about objects that a phrase had found is about nobody in the next pass."""
+    session = predictor.start(clip())
+    session.add_text("cat")
+    before = follow(session.propagate())
+    chosen = int(before[-1].ids[0])
+    session.add_points(FRAMES - 2, [[30, 30]], object_id=chosen)
+    highest = session._timeline.next_id
+    assert max(identities(before)) < highest
+    session.add_text("blue square")
+    own = session.add_points(0, [[40, 20]])
+    after = follow(session.propagate())
+    assert own == highest
+    assert min(identities(after)) >= highest
+    cats = [[i for i, p in zip(f.ids, f.phrases, strict=True) if p == "cat"] for f in after]
+    assert all(frame.scores[frame.ids != own].max(initial=0) < 1 for frame in after)
+    assert [len(ids) for ids in cats] == [len(frame.ids) for frame in before]
+
+
+def test_a_pass_that_was_left_goes_on(predictor):
+    """Frames that waited to be shown are shown first."""
+    for make in (clip, lambda: iter(clip())):
+        whole, left = predictor.start(make()), predictor.start(make())
+        for session in (whole, left):
+            session.add_text("cat")
+        expected = follow(whole.propagate())
+        found = follow(itertools.islice(left.propagate(), 2))
+        assert left.position == 1 + left.delay
+        found += follow(left.propagate(left.position + 1))
+        same(found, expected)
 
 
 def test_backwards(predictor):
@@ -176,6 +231,22 @@ def test_saved_sessions_go_on(predictor, tmp_path):
     copy = predictor.restore(tmp_path / "session.npz", clip())
     assert copy.objects == session.objects
     same(follow(copy.propagate(5)), follow(session.propagate(5)))
+
+
+def test_a_saved_stream_goes_on_with_the_next_frame(predictor, tmp_path):
+    frames = list(clip())
+    session = predictor.start(iter(frames))
+    session.add_text("cat")
+    session.add_points(0, [[40, 20]])
+    follow(itertools.islice(session.propagate(), 3))
+    here = session.position
+    session.save(tmp_path / "camera.npz")
+    copy = predictor.restore(tmp_path / "camera.npz", iter(frames[here + 1 :]))
+    copy.add_points(here + 1, [[60, 40]])
+    rest = follow(copy.propagate())
+    assert [f.index for f in rest] == list(range(here + 1, FRAMES))
+    assert 0 in identities(rest)
+    assert 1_000_000 in identities(rest)
 
 
 def test_memory_is_flat_and_nothing_compiles(predictor):

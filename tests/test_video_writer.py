@@ -137,7 +137,8 @@ def made_up(frame: int, ids: list[int]) -> Objects:
         mask[y + 3, x + 3] = False
     scores = np.asarray([0.5 + 0.03 * i + 0.001 * frame for i in ids], np.float32)
     phrases = tuple("cat" if i % 2 else "dog" for i in ids)
-    return Objects(np.asarray(ids, np.int64), masks, boxes_of(masks), scores, phrases)
+    tracker = np.asarray([0.9 - 0.02 * i - 0.01 * frame for i in ids], np.float32)
+    return Objects(np.asarray(ids, np.int64), masks, boxes_of(masks), scores, phrases, tracker)
 
 
 def test_an_object_keeps_its_colour(tmp_path):
@@ -177,7 +178,8 @@ def test_tags_are_drawn_and_empty_objects_are_not():
     image, objects = np.zeros((200, 300, 3), np.uint8), made_up(0, [1])
     masks = np.zeros((2, 200, 300), bool)
     masks[0, 100:150, 100:200] = True
-    objects = Objects(np.asarray([1, 2]), masks, boxes_of(masks), np.ones(2), ("cat", "dog"))
+    ones = np.ones(2)
+    objects = Objects(np.asarray([1, 2]), masks, boxes_of(masks), ones, ("cat", "dog"), ones)
     plain = draw_objects(image, objects, show_ids=False, show_phrases=False)
     tagged = draw_objects(image, objects)
     assert (plain != tagged).any(2).sum() > 100
@@ -236,17 +238,19 @@ def test_tracks_have_a_mask_in_every_frame(tmp_path, video):
         i = item["id"]
         assert item["phrase"] == ("cat" if i % 2 else "dog")
         assert item["category_id"] == categories[item["phrase"]]
-        lists = item["segmentations"], item["bboxes"], item["areas"], item["scores"]
+        names = ("segmentations", "bboxes", "areas", "scores", "tracker_scores")
+        lists = [item[name] for name in names]
         assert {len(values) for values in lists} == {6}
-        for frame, (rle, box, area, score) in enumerate(zip(*lists, strict=True)):
+        for frame, (rle, box, area, score, tracker) in enumerate(zip(*lists, strict=True)):
             if i not in PRESENT[frame]:
-                assert (rle, box, area, score) == (None,) * 4
+                assert (rle, box, area, score, tracker) == (None,) * 5
                 continue
             expected = made_up(frame, [i])
             np.testing.assert_array_equal(coco_mask.decode(rle), expected.masks[0])
             assert box == coco_mask.toBbox(rle).tolist()
             assert area == expected.masks[0].sum()
             assert score == pytest.approx(expected.scores[0], abs=1e-6)
+            assert tracker == pytest.approx(expected.tracker_scores[0], abs=1e-6)
         present = [score for score in item["scores"] if score is not None]
         assert item["score"] == pytest.approx(np.mean(present), abs=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "frames"]
@@ -267,6 +271,22 @@ def test_a_run_goes_on_after_a_kill(tmp_path, video):
     other = results_path(tmp_path / "b", "clip")
     record_all(other, video, [0, 1, 2, 3, 4, 5])
     assert once == merge_tracks(other, tmp_path / "b.json").read_text()
+
+
+def test_a_run_goes_on_from_older_results(tmp_path, video):
+    """Those without the tracker's scores."""
+    path = results_path(tmp_path, "clip")
+    record_all(path, video, [0, 1])
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    for item in (item for line in lines for item in line["objects"]):
+        del item["tracker_score"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    record_all(path, video, [2, 3])
+    content = json.loads(merge_tracks(path, tmp_path / "x.json").read_text())
+    (item,) = [a for a in content["annotations"] if a["id"] == 3]
+    assert item["tracker_scores"][:3] == [None] * 3
+    assert item["tracker_scores"][3] == pytest.approx(made_up(3, [3]).tracker_scores[0], abs=1e-6)
+    assert [score is None for score in item["scores"]] == [False, False, True, False]
 
 
 def test_the_last_record_of_a_frame_counts(tmp_path, video):

@@ -26,6 +26,8 @@ STAGES = {
     "near": ("tracked_iou",),
     "clips": ("prompted_iou", "tracked_iou", "last_iou"),
     "memory": ("prompted_iou", "tracked_iou", "last_iou"),
+    "finer": ("class", "presence", "giou", "dice"),
+    "last": ("prompted_iou", "tracked_iou", "last_iou"),
 }
 KEPT = ("kind", "step", "steps", "time", "step_s", "loss", "grad_norm", "rate")
 ROWS = 2

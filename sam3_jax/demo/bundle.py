@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from sam3_jax import checkpoint
 from sam3_jax.checkpoint import CheckpointError
 from sam3_jax.checkpoint.tree import flatten, unflatten
+from sam3_jax.config import ModelConfig, to_dict
 from sam3_jax.demo.weights import FOLDER
 
 DTYPE = np.float16
@@ -38,6 +39,7 @@ def bundle(
     parts: Sequence[str] = (),
     average: Path | None = None,
     average_parts: Sequence[str] = (),
+    average_share: float = 0.5,
 ) -> int:
     """Writes ``target``, a checkpoint in half precision; returns its size in bytes.
 
@@ -46,27 +48,34 @@ def bundle(
       target: replaced, if it is a checkpoint.
       figures: what ``python -m sam3_jax.demo.figures`` wrote about the model.
       parts: that are shipped; none: those that the model holds.
-      average: another model of the same run of stages; what it holds becomes the mean of both.
-      average_parts: of ``average`` that count; none: all.
+      average: another model of the same run of stages and of the same configuration.
+      average_parts: that become the mean of both models; none: all that are shipped.
+      average_share: of ``average`` in the mean, between 0 and 1.
 
     Raises:
-      CheckpointError: no usable checkpoint; values that half precision does not hold; too large.
-      OSError, ValueError: unreadable figures.
+      CheckpointError: no usable checkpoint; the other does not fit; values that half precision does
+        not hold; too large.
+      OSError, ValueError: unreadable figures; ``average_parts`` without ``average``; a wrong
+        share.
     """
+    if not 0 < average_share < 1:
+        raise ValueError(f"--average-share must lie between 0 and 1, got {average_share}")
+    if average_parts and average is None:
+        raise ValueError("parts to average (--average-part), but no model that has them: --average")
     loaded = checkpoint.load(model, parts=list(parts) or None)
-    metadata = {key: loaded.metadata[key] for key in KEPT if key in loaded.metadata}
-    if "source" in metadata:
-        metadata["source"] = re.sub(r"\S*/(?=\S)", "", metadata["source"])
-    metadata |= _settings(model)
+    _check_range(model, loaded.params)
+    metadata = _origin(loaded.metadata) | _settings(model)
     if figures is not None:
         measured = json.loads(figures.read_text(encoding="utf-8"))
         metadata["figures"] = measured["figures"]
     params = loaded.params
     if average is not None:
-        other = checkpoint.load(average, parts=list(average_parts) or None)
-        params = _mean(params, other.params, average)
-        metadata["averaged"] = True
-    _check_range(model, params)
+        other = checkpoint.load(average, parts=list(average_parts or loaded.metadata["parts"]))
+        _check_same(average, other.config, loaded.config)
+        _check_range(average, other.params)
+        params = _mean(params, other.params, average, average_share)
+        facts = {"parts": other.metadata["parts"], "share": average_share}
+        metadata["averaged"] = _origin(other.metadata) | facts
     checkpoint.save(
         target,
         params,
@@ -84,14 +93,30 @@ def bundle(
     return size
 
 
-def _mean(params: dict, other: dict, source: Path) -> dict:
+def _mean(params: dict, other: dict, source: Path, share: float = 0.5) -> dict:
     """``params``, with the mean of both wherever ``other`` has values."""
     values, others = flatten(params), flatten(other)
     for name, value in others.items():
-        if name not in values or values[name].shape != value.shape:
-            raise CheckpointError(f"{source}: {name} does not fit the model; average its stages")
-        values[name] = (values[name] + value) / 2
+        if name not in values:
+            raise CheckpointError(
+                f"{source}: {name} is missing in the model that is shipped; average parts that "
+                "both have"
+            )
+        if values[name].shape != value.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {value.shape}, in the model that is shipped it has "
+                f"{values[name].shape}; average stages of one model"
+            )
+        values[name] = (1 - share) * values[name] + share * value
     return unflatten(values)
+
+
+def _origin(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a model's metadata, without folders."""
+    kept = {key: metadata[key] for key in KEPT if key in metadata}
+    if "source" in kept:
+        kept["source"] = re.sub(r"\S*/(?=\S)", "", kept["source"])
+    return kept
 
 
 def _settings(model: Path) -> dict[str, Any]:
@@ -102,6 +127,23 @@ def _settings(model: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return {key: settings[key] for key in ("seed", "steps", "batch_size") if key in settings}
+
+
+def _check_same(source: Path, config: ModelConfig, shipped: ModelConfig) -> None:
+    found = list(_differences(to_dict(config), to_dict(shipped)))
+    if found:
+        raise CheckpointError(
+            f"{source}: does not fit the model that is shipped: {', '.join(found)}; average models "
+            "of one configuration"
+        )
+
+
+def _differences(values: dict, others: dict, where: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _differences(value, others[name], f"{where}{name}.")
+        elif value != others[name]:
+            yield f"{where}{name} is {value}, not {others[name]}"
 
 
 def _check_range(model: Path, params: dict) -> None:
@@ -137,7 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         choices=tuple(checkpoint.PARTS),
         help="of --average: 'image clicks' gives back what clicks lost in the tracker's training "
-        "(default: all)",
+        "(default: what is shipped)",
+    )
+    add(
+        "--average-share",
+        metavar="S",
+        type=float,
+        default=0.5,
+        help="of --average in the mean (default: %(default)s)",
     )
     add("--output", metavar="DIR", type=Path, default=FOLDER, help="(default: in the package)")
     args = parser.parse_args(argv)
@@ -149,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts=args.part,
             average=args.average,
             average_parts=args.average_part,
+            average_share=args.average_share,
         )
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)

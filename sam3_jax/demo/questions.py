@@ -70,7 +70,7 @@ def draw_pictures() -> list[Picture]:
             "exemplar",
             "test",
             20,
-            Query(color="blue", shape="crescent"),
+            Query(color="pink", shape="cross"),
             kind="box",
             shown=BOX,
         ),

@@ -134,7 +134,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         type=parse_threshold,
         help="keep instances scored above this, 0 to 1 (default 0.5); in videos, what is found "
-        "anew in a frame (default: the preset's, 0.5, and 0.7 for an object to begin)",
+        "anew in a frame (default: the preset's: 0.5, and 0.7 for an object to begin; sam3.1's are "
+        "0.4 and 0.65)",
     )
     add(
         "--no-presence",

@@ -36,12 +36,15 @@ THRESHOLD = 0.5  # of pictures
 OF_PICTURES = {
     "no_presence": False,
     "nms": "none",
+    "nms_threshold": 0.5,
     "max_instances": 0,
+    "boxes": "auto",
     "tile": 0,
     "masks": False,
     "semantic": False,
     "labelme": False,
     "yolo": False,
+    "batch_size": None,
 }
 OF_VIDEOS = {"at": None, "frames": (0, None, 1), "fps": None, "preset": "default", "delay": None}
 

@@ -18,7 +18,8 @@ Keys of a line:
 - ``phrases``: list of texts, each searched for by itself.
 - ``boxes``: list of [x0, y0, x1, y1], exemplars that go with every phrase, or stand alone.
 - ``box_labels``: for each box 1 ("like this", the default) or 0 ("not like this").
-- ``threshold``: 0..1, keep instances scored above it; default: that of the run.
+- ``threshold``: 0..1, keep instances scored above it; default: that of the run. Of pictures: a
+  video with one fails.
 - ``points``: list of [x, y] on one object; ``point_labels``: 1 on it (default), 0 not on it.
 - ``object_box``: [x0, y0, x1, y1] around one object.
 - ``mask_prompt``: path of a mask of the object to start from; relative as ``image`` is.

@@ -8,8 +8,9 @@ platform  condition                                   kernel
 ========  ==========================================  =============================================
 TPU       bfloat16, no bias, no dropout               Pallas splash attention
 CUDA      16 bits, head size % 8 == 0 and <= 128      cuDNN flash attention; a key mask becomes
-          (Hopper: 256, as memory attention has),     lengths, or part of the bias if there is one
-          no dropout, not causal with a key mask
+          (Hopper: 256, as memory attention has; on   lengths, or part of the bias if there is one
+          newer GPUs not tried), no dropout, not
+          causal with a key mask
 GPU, TPU  everything else (float32, training with     ``chunked``: tiles of at most 576 queries and
           dropout, larger heads, a bias on a TPU)     256 MB of scores, in XLA
 CPU       always, in float32 inside                   ``chunked``: tiles that fit the cache

@@ -30,7 +30,8 @@ SPLASH_LANES = 128
 def cudnn_head_limit() -> int:
     """Largest head size of cuDNN's kernels and their gradients: 256 on Hopper, elsewhere 128.
 
-    Of this process's first GPU; without one (compiling ahead of time) 128, as jax then decides.
+    On newer GPUs, too, jax allows 256, which has not been tried here. Of this process's first GPU;
+    without one (compiling ahead of time) 128, as jax then decides.
     """
     if jax.default_backend() != "gpu":
         return 128

@@ -43,7 +43,7 @@ _LEVEL = 1 << 24  # reasons to give way outweigh distances
 
 
 class Frame(NamedTuple):
-    """Which frame is looked at: all traced, so that one program serves a whole video."""
+    """Which frame is looked at: all traced, so that no frame needs a program of its own."""
 
     index: Int[Array | np.ndarray, ""]
     total: Int[Array | np.ndarray, ""]  # frames of the video; ENDLESS for a stream

@@ -2,8 +2,9 @@
 
 Objects take the first free slots. Where those behind a number of slots are free, a program for so
 many gives what the program for all gives. And where no object has more than so many prompted
-frames, a program that reads no more of them gives what the program that reads all gives. There are
-few such numbers, so few programs compile.
+frames, a program that reads no more of them gives what the program that reads all gives (both but
+for rounding). There are few such numbers, of 16 slots 1, 2, 4, 8, 16, of prompted frames one and
+all, so few programs compile, each when it is first needed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def widths(slots: int) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def reads(most: int) -> tuple[int, ...]:
+def read_limits(most: int) -> tuple[int, ...]:
     """Numbers of prompted frames that there are programs for, ascending: one, and all."""
     return tuple(sorted({1, most}))
 

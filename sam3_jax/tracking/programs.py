@@ -1,4 +1,4 @@
-"""The tracker's functions, jitted: one program each for a bucket's size, whatever happens in it."""
+"""The tracker's functions, jitted: few programs each, for whatever happens in a bucket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Programs:
     ``prompt``, ``prompt_mask``, ``track_chunk``, ``joint_scores``: as in ``tracking.step``.
     ``propagate``, ``track``, ``memorize``, ``memorize_concept``, ``memorize_tracked``: as there,
     for the first ``slots`` (one of ``widths``; default: all), see ``tracking.narrow``; the first
-    two read at most ``reads`` prompted frames an object (one of ``reads``; default: all).
+    two read at most ``reads`` prompted frames an object (one of ``reads``; default: all). Each
+    choice of these numbers is a program, compiled when it is first made.
     ``mask_prompt``, ``separate``: as in ``tracking.masks``, a program for each video size and for
     each number of buckets. ``add``, ``remove``, ``forget_tracked``, ``forget_conditioning``: as in
     ``tracking.state``; ``empty_state(slots=..., grid=...)`` in the compute dtype.
@@ -59,7 +60,7 @@ class Programs:
         self.rows = None if mesh is None else _rows(mesh, config)
         # The first slots of a bucket that is split are all on one device.
         self.widths = narrow.widths(config.bucket_size) if mesh is None else (config.bucket_size,)
-        self.reads = narrow.reads(config.max_conditioning)
+        self.reads = narrow.read_limits(config.max_conditioning)
         setup = step.Setup(Sam3(model, dtype), config)
         rows = self.rows
         chunks = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *rows.spec))
@@ -80,16 +81,18 @@ class Programs:
             )
             return self._on_mesh(jitted)
 
-        few, least = ("slots",), ("slots", "reads")
-        self.propagate = program(narrow.propagate, static=least, setup=setup)
+        by_slots, by_reads = ("slots",), ("slots", "reads")
+        self.propagate = program(narrow.propagate, static=by_reads, setup=setup)
         self.prompt = program(step.prompt, setup=setup)
         self.prompt_mask = program(step.prompt_mask, setup=setup)
-        self.memorize = program(narrow.memorize, donate=1, static=few, setup=setup)
+        self.memorize = program(narrow.memorize, donate=1, static=by_slots, setup=setup)
         self.memorize_concept = program(
-            narrow.memorize, donate=1, static=few, setup=setup, concept=True
+            narrow.memorize, donate=1, static=by_slots, setup=setup, concept=True
         )
-        self.memorize_tracked = program(narrow.memorize_tracked, donate=1, static=few, setup=setup)
-        self.track = program(narrow.track, donate=1, static=least, setup=setup)
+        self.memorize_tracked = program(
+            narrow.memorize_tracked, donate=1, static=by_slots, setup=setup
+        )
+        self.track = program(narrow.track, donate=1, static=by_reads, setup=setup)
         self.track_chunk = program(step.track_chunk, donate=1, out=(rows, chunks), setup=setup)
         self.joint_scores = program(step.joint_scores)
         self.separate = program(masks.separate, size=step.frame_size(model))

@@ -1,8 +1,9 @@
 """What one bucket of objects remembers: a pytree of fixed size, and the edits of it.
 
 An object is a slot. Every array's first axis is the slot, so buckets split over a mesh as batches
-do. Objects come and go by edits of masks and frame numbers: shapes never change, nothing compiles
-anew. More objects than a bucket holds are more buckets, each handled by one more call.
+do. Objects come and go by edits of masks and frame numbers: shapes never change, so the same few
+programs (``tracking.narrow``) serve any of them. More objects than a bucket holds are more buckets,
+each handled by one more call.
 """
 
 from __future__ import annotations

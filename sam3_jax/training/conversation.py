@@ -9,7 +9,7 @@ need no prompt, and that the last answer is kept, to be remembered. Upstream:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,20 +113,24 @@ def converse(
     carry = (points, labels, jnp.zeros_like(blank.masks), blank)
 
     def round_(carry: tuple, step: tuple) -> tuple[tuple, tuple]:
-        number, key = step
-        losses = jax.eval_shape(play, carry, number, key)[1]
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), losses)
-        return lax.cond(
-            (number == 0) | asked.corrected.any(),
-            jax.checkpoint(play),
-            lambda carry, *_: (carry, nothing),
-            *(carry, number, key),
-        )
+        wanted = (step[0] == 0) | asked.corrected.any()
+        return step_if(wanted, jax.checkpoint(play), carry, *step)
 
     rounds = rules.corrections + 1
     steps = jnp.arange(rounds), jax.random.split(key, rounds)
     (*_, answer), (totals, terms) = lax.scan(round_, carry, steps)
     return answer, totals.sum(), jax.tree.map(jnp.sum, terms)
+
+
+def step_if(
+    happens: Bool[Array, ""], step: Callable[..., tuple], carry: Any, *args: Any
+) -> tuple[Any, Any]:
+    """``step(carry, *args)``, a (carry, outputs) as of a scan; where it does not happen, nothing is
+    computed: the carry stays and the outputs are zeros.
+    """
+    outputs = jax.eval_shape(step, carry, *args)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    return lax.cond(happens, step, lambda carry, *_: (carry, zeros), carry, *args)
 
 
 def choose(which: Bool[Array, " s"], first: Answer, second: Answer) -> Answer:

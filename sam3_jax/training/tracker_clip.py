@@ -29,7 +29,7 @@ from sam3_jax.tracking.state import TrackState, empty_state
 from sam3_jax.tracking.step import Setup
 from sam3_jax.training.batch import normalize
 from sam3_jax.training.clip_batch import ClipBatch
-from sam3_jax.training.conversation import Rules
+from sam3_jax.training.conversation import Rules, step_if
 from sam3_jax.training.interactive import InteractiveLossConfig, Terms
 from sam3_jax.training.tracker_frame import Clips, Event, happen
 from sam3_jax.training.tracker_prompts import PROMPT, Plan, PromptingConfig, draw_plan
@@ -42,7 +42,8 @@ class TrackerTrainingConfig:
     ``told_frames``: length of the video that the pointers' temporal positions are relative to; 0:
     the clip's own, as upstream. Clips that are much shorter than what is tracked later learn
     positions that do not come again: tell 16 (or more, it is the same). ``remat``: the backward
-    pass computes frames again, instead of keeping all of them in memory.
+    pass computes frames again, instead of keeping all of them in memory; rounds of clicks and the
+    masks' losses are computed again in any case.
     """
 
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -99,12 +100,11 @@ def clip_loss(
     return totals.sum(), terms
 
 
-def _step(clips: Clips, state: TrackState, event: Event) -> tuple[TrackState, tuple]:
+def _step(
+    clips: Clips, state: TrackState, event: Event
+) -> tuple[TrackState, tuple[Float[Array, ""], Terms, Float[Array, ""]]]:
     """:func:`happen`, unless nothing does."""
-    one = functools.partial(happen, clips)
-    losses = jax.eval_shape(one, state, event)[1]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), losses)
-    return lax.cond(event.happens, one, lambda state, _: (state, nothing), state, event)
+    return step_if(event.happens, functools.partial(happen, clips), state, event)
 
 
 def _prepare(

@@ -74,7 +74,10 @@ class Event(NamedTuple):
 def happen(
     clips: Clips, state: TrackState, event: Event
 ) -> tuple[TrackState, tuple[Float[Array, ""], Terms, Float[Array, ""]]]:
-    """Finds the objects in a frame, by prompts or by memory, and remembers them."""
+    """Finds the objects in a frame, by prompts or by memory, and remembers them.
+
+    To be called where ``event.happens`` alone, which it does not look at.
+    """
     levels, frame = clips.levels(event.index), _frame(clips, event.index)
     masks, known = (
         lax.dynamic_index_in_dim(x, event.index, keepdims=False) for x in (clips.masks, clips.known)
@@ -83,7 +86,7 @@ def happen(
     by_mask = clips.plan.kinds == MASK
     # Nobody points at what is not there, but on the first frame, where all is.
     there = (event.index == 0) | (known & masks.any((1, 2)))
-    write = jnp.where(event.prompted, event.happens & there, ~before)
+    write = jnp.where(event.prompted, there, ~before)
     corrected = (clips.plan.deed == CORRECTION) & (clips.plan.second == event.index)
     clicked = write & ~by_mask & (event.prompted | corrected)
     judged = write & clips.valid & known & ~(event.prompted & by_mask)

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from sam3_jax.inference.prompts import PromptError, Size, Values, click_prompt
 from sam3_jax.models.tracker import Tracked
 from sam3_jax.tracking.masks import MaskPrompt
-from sam3_jax.tracking.prompts import MAX_POINTS, ObjectClicks, pack_clicks
+from sam3_jax.tracking.prompts import ObjectClicks, pack_clicks
 from sam3_jax.types import Levels
 from sam3_jax.video.buckets import one_of
 from sam3_jax.video.edits import Edit
@@ -23,7 +23,7 @@ def ask_clicks(
     box: Values | None,
     previous: np.ndarray | None,
 ) -> Tracked:
-    """One object by points, a box or both.
+    """One object by points, a box or both; of more than 16 points the first and last 8 count.
 
     Args:
       points, labels, box: in pixels of the video; labels 1 (on the object) by default.
@@ -38,11 +38,6 @@ def ask_clicks(
     )
     marks = np.asarray(checked.labels[0])
     count = int((marks >= 0).sum())
-    if count > MAX_POINTS:
-        raise PromptError(
-            f"at most {MAX_POINTS} points for an object on a frame, the corners of a box among "
-            f"them, got {count}; leave out {count - MAX_POINTS}"
-        )
     given = ObjectClicks(checked.points[0, :count], marks[:count], previous)
     programs, mask_side = kit.programs, (kit.engine.mask_side,) * 2
     clicks = pack_clicks({0: given}, programs.widths[0], mask_side)

@@ -185,6 +185,10 @@ class Buckets:
         chosen = self.split(np.isin(np.arange(self.rows), rows))
         return [(i, slots) for i, slots in enumerate(chosen) if slots.any()]
 
+    def packed_bytes(self, rows: int) -> int:
+        """What :meth:`pack` copies of so many rows."""
+        return rows * self.bytes // max(self.rows, 1)
+
     def pack(self, rows: Int[np.ndarray, " k"]) -> Packed:
         """Copies rows to the host."""
         fields: dict[str, list[np.ndarray]] = {name: [] for name in TrackState._fields}

@@ -31,6 +31,7 @@ def track_concepts(
     frame: Frame,
     edits: list[Edit],
     phrases: list[Phrase],
+    unseen: Bool[np.ndarray, " n"],
 ) -> Latest:
     """Detects, propagates, decides, remembers; adds what is new and ends what is over.
 
@@ -38,6 +39,7 @@ def track_concepts(
       levels: the tracker's pyramid.
       trunk: of the same frame, for the detector.
       edits: the prompts of this frame.
+      unseen: rows that a user has removed: they keep their detections, but hide no other object.
     """
     programs, table = kit.concepts, tracking.table
     tracking.buckets.reserve(len(table.ids))
@@ -48,6 +50,8 @@ def track_concepts(
         found[i] = kit.programs.place(with_rows(found[i], slots))
     tracks, measures, logits = programs.look(tuple(found), seen.masks, seen.kept, table.live)
     scores, kept, measures, logits = jax.device_get((seen.scores, seen.kept, measures, logits))
+    visible = ~(unseen[:, None] | unseen)
+    measures = measures._replace(track_track=measures.track_track * visible)
     plan = plan_frame(
         kit.config.concepts,
         table,

@@ -17,7 +17,8 @@ def _own_concepts() -> ConceptConfig:
 
 @dataclass
 class VideoConfig:
-    """By default objects do not depend on company; :func:`sam3` is as released, where they do.
+    """By default objects do not depend on company, but for rounding; in :func:`sam3`, which is as
+    released, they do.
 
     ``repeat_first``: the first frame of a pass with phrases is looked at twice, as upstream, which
     runs it once for the prompt and once more when it propagates: the first memory of what is found

@@ -40,7 +40,9 @@ class VideoFrame(NamedTuple):
     @property
     def objects(self) -> Objects:
         """What overlays and result files take."""
-        return Objects(self.ids, self.masks, self.boxes, self.scores, self.phrases)
+        return Objects(
+            self.ids, self.masks, self.boxes, self.scores, self.phrases, self.tracker_scores
+        )
 
 
 class Seen(NamedTuple):

@@ -47,6 +47,11 @@ class Edits:
         """That of an object on a frame."""
         return self._by.get((frame, object_id))
 
+    @property
+    def given(self) -> int:
+        """How many there have ever been."""
+        return self._next
+
     def on(self, frame: int) -> list[Edit]:
         """Those of a frame, in their order."""
         return [edit for edit in self if edit.frame == frame]

@@ -80,10 +80,16 @@ class Features:
             raise no_such_frame(self.video.name, index, self.total)
         if self.total is None and index not in (*self._kept, self._next):
             when = "is gone" if index < self._next else "has not come yet"
+            last = f"{self._next - 1} or " if self._next else ""
             raise VideoError(
-                f"frame {index} of {self.video.name} {when}: prompt frame "
-                f"{max(self._next - 1, 0)} or {self._next}, or record the stream to a file"
+                f"frame {index} of {self.video.name} {when}: prompt frame {last}{self._next}, or "
+                "record the stream to a file"
             )
+
+    def go_on(self, index: int) -> None:
+        """The next frame of a stream that nothing was read of is number ``index``."""
+        self.video.number_from(index)
+        self._next = index
 
     def frames(
         self, start: int, stop: int | None, *, backward: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import glob
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,7 @@ class _Done(NamedTuple):
     """A frame ready to be written."""
 
     frame: Frame  # without its picture
-    record: dict[str, Any]
+    record: dict[str, Any] | None  # None: before the first that is followed
     drawn: UInt8[np.ndarray, "h w 3"] | None
 
 
@@ -90,12 +91,15 @@ def follow(
         contextlib.closing(_finished(session, settings)) as finished,
     ):
         for done in finished:
-            results.write(done.record)
             if movie is not None and done.drawn is not None:
                 # Of a frame without a picture there is a gap, in which the one before stays.
                 movie.write(done.drawn, done.frame.pts - counts.begin(done.frame.pts))
+            if done.record is None:
+                continue
+            results.write(done.record)
+            if done.drawn is not None:
                 sheet.add(done.frame.index, done.frame.time, done.drawn)
-            counts.add(done)
+            counts.add(done.frame, done.record)
             bar.set_postfix(objects=counts.now, refresh=False)
             bar.update()
     merge_tracks(
@@ -145,14 +149,14 @@ class _Counts:
         self._begin = pts if self._begin is None else self._begin
         return self._begin
 
-    def add(self, done: _Done) -> None:
+    def add(self, frame: Frame, record: dict[str, Any]) -> None:
         """Counts a frame."""
-        ids = [item["id"] for item in done.record["objects"]]
+        ids = [item["id"] for item in record["objects"]]
         self.frames, self.now, self._most = self.frames + 1, len(ids), max(self._most, len(ids))
         self._ids.update(ids)
-        if done.frame.error is not None:
+        if frame.error is not None:
             self._bad += 1
-            self._error = self._error or done.frame.error
+            self._error = self._error or frame.error
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -175,16 +179,24 @@ def _movie(
         yield writer
 
 
-def _found(session: Session, *, pictures: bool) -> Generator[tuple[VideoFrame, Frame], None, None]:
-    """Frames of the session, each with its picture where that is wanted."""
+def _found(
+    session: Session, *, pictures: bool
+) -> Generator[tuple[VideoFrame | None, Frame], None, None]:
+    """Frames of the session, each with its picture where that is wanted.
+
+    Pictures come from the video's first on, so that the overlay has the video's times: those before
+    the first frame that is followed are with None.
+    """
     with contextlib.ExitStack() as stack:
         own = None
         found = stack.enter_context(contextlib.closing(prefetch(session.propagate(), FOUND_AHEAD)))
         for one in found:
             frame = Frame(one.index, 0, one.time, None, one.error)
             if pictures and own is None:
-                again = prefetch(session.video.frames(one.index), 2 * FOUND_AHEAD)
+                again = prefetch(session.video.frames(), 2 * FOUND_AHEAD)
                 own = stack.enter_context(contextlib.closing(again))
+                for before in itertools.islice(own, one.index):
+                    yield None, before
             yield one, frame if own is None else next(own, frame)
 
 
@@ -199,7 +211,7 @@ def _finished(session: Session, settings: VideoSettings) -> Generator[_Done, Non
         try:
             for found, frame in frames:
                 waiting.append(pool.submit(_finish, found, frame, size, named))
-                held = max(found.masks.nbytes, 1)
+                held = max(0 if found is None else found.masks.nbytes, 1)
                 while len(waiting) > min(2 * settings.workers, MASK_BYTES // held):
                     yield waiting.popleft().result()
             while waiting:
@@ -208,8 +220,10 @@ def _finished(session: Session, settings: VideoSettings) -> Generator[_Done, Non
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finish(found: VideoFrame, frame: Frame, size: tuple[int, int], named: bool) -> _Done:
+def _finish(found: VideoFrame | None, frame: Frame, size: tuple[int, int], named: bool) -> _Done:
     """One frame, in a thread of the pool."""
+    if found is None:
+        return _Done(frame._replace(image=None), None, frame.image)
     objects = found.objects
     objects = objects._replace(phrases=tuple(phrase or OBJECT for phrase in objects.phrases))
     drawn = None

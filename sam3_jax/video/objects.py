@@ -14,8 +14,9 @@ class Objects(NamedTuple):
     ids: Int[np.ndarray, " n"]  # unique in the video
     masks: Bool[np.ndarray, "n h w"]  # at the size of the frame
     boxes: Float[np.ndarray, "n 4"]  # (x0, y0, x1, y1), pixels of the frame
-    scores: Float[np.ndarray, " n"]
+    scores: Float[np.ndarray, " n"]  # of the detections that they came of; 1 once clicked
     phrases: tuple[str, ...]
+    tracker_scores: Float[np.ndarray, " n"]  # of this frame
 
 
 def check_objects(objects: Objects, size: tuple[int, int]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from fractions import Fraction
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sam3_jax.config import ModelConfig
 from sam3_jax.inference.engine import Engine
+from sam3_jax.tracking.memories import frame_at
 from sam3_jax.tracking.programs import Programs
 from sam3_jax.tracking.state import StateBytes, state_bytes
 from sam3_jax.video import saving
@@ -124,6 +129,31 @@ class VideoPredictor:
         timeline = self._timeline(video, fps)
         saving.restore(timeline, path)
         return Session(timeline, delay=delay)
+
+    def warm_up(self) -> None:
+        """Compiles what tracking may need later, so that a stream never waits for it.
+
+        The programs of a bucket for few objects and for all, with one prompted frame of each object
+        and with more. What depends on a video's size and on phrases is compiled by the first frame.
+        """
+        engine, programs = self.engine, self._programs
+        side = engine.config.image_size
+        blank = open_video(np.zeros((1, side, side, 3), np.uint8))
+        levels = Features(engine, blank, 1).tracker(0)
+        none = np.zeros(self.video.tracker.bucket_size, bool)
+        grid = side // engine.config.vision.patch_size
+        large = jnp.zeros((len(none), 16 * grid, 16 * grid))  # as phrases' masks are remembered
+        given, rest = (levels, frame_at(0)), (none, none, none, None)
+        for slots, reads in itertools.product(programs.widths, programs.reads):
+            least, state = {"slots": slots, "reads": reads}, programs.empty_state()
+            found = programs.propagate(engine.params, state, *given, **least)
+            for remember, masks in (
+                (programs.memorize, found.masks),
+                (programs.memorize_concept, large),
+            ):
+                here = programs.place(found._replace(masks=masks))
+                state = remember(engine.params, state, *given, here, *rest, slots=slots)
+            jax.block_until_ready(programs.track(engine.params, state, *given, **least))
 
     def state_bytes(self, objects: int = 1) -> StateBytes:
         """What memory of so many objects takes, however long a video is."""

@@ -128,6 +128,10 @@ class VideoSource:
                 yield frame
                 start = frame.index + 1
 
+    def number_from(self, index: int) -> None:
+        """The next frame of a stream, of which none was taken yet, gets number ``index``."""
+        self._frames.first = index
+
     def seek(self, index: int) -> Frame:
         """Frame ``index``, exactly. One after the other is as fast as iterating.
 

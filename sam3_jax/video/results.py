@@ -6,7 +6,11 @@
 
     {"frame": 17, "time": 0.68, "error": null,
      "objects": [{"id": 3, "phrase": "red car", "segmentation": {"size": [480, 640], "counts": ...},
-                  "bbox": [x, y, w, h], "area": 1234, "score": 0.91}]}
+                  "bbox": [x, y, w, h], "area": 1234, "score": 0.91, "tracker_score": 0.87}]}
+
+``score`` is that of the detection that the object came of, the same in every frame, 1 after a
+click; ``tracker_score`` is how sure the tracker is that the object is in this frame (where a phrase
+has just found it, its detection's score). Files from before ``tracker_score`` was written lack it.
 
 The rules are those of ``sam3_jax/inference/records.py``: nothing written is changed, so a run may
 be killed at any time, and a torn last line is cut off by the next one. A frame may have several
@@ -87,6 +91,7 @@ def _entry(objects: Objects, i: int, size: tuple[int, int]) -> dict[str, Any]:
         "bbox": [round(v, 2) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])],
         "area": int(crop.sum()),
         "score": round(float(objects.scores[i]), 6),
+        "tracker_score": round(float(objects.tracker_scores[i]), 6),
     }
 
 

@@ -1,8 +1,9 @@
 """Sessions on disk: one ``.npz`` file of arrays, with a JSON text in it for everything else.
 
-Saved is what is tracked after the last frame, and every prompt. Snapshots and frames are not: going
-back behind the place where a session was saved computes from its pass's first frame. A file does
-not hold the model; whether it has the same sizes is checked, its parameters are not.
+Saved is what is tracked after the last frame, and every prompt. Snapshots and frames are not, nor
+results that wait to be shown: going back behind the place where a session was saved computes from
+its pass's first frame. A stream goes on with its next frame, whatever that is then. A file does not
+hold the model; whether it has the same sizes is checked, its parameters are not.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def save(timeline: Timeline, path: str | os.PathLike) -> None:
     meta["phrases"] = [_phrase(p, i, arrays) for i, p in enumerate(timeline.phrases)]
     meta["clicked"] = sorted(timeline.clicked.items())
     meta["dropped"] = sorted(timeline.dropped)
-    meta["first_id"] = timeline.first_id
+    meta["first_id"], meta["next_id"] = timeline.first_id, timeline.next_id
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, **{_META: np.asarray(json.dumps(meta))}, **arrays)
 
@@ -73,10 +74,13 @@ def restore(timeline: Timeline, path: str | os.PathLike) -> None:
     timeline.edits = Edits(tuple(_read_edit(e, arrays) for e in meta["edits"]))
     timeline.clicked = {int(i): int(frame) for i, frame in meta["clicked"]}
     timeline.dropped = set(meta["dropped"])
-    timeline.first_id = meta["first_id"]
+    timeline.first_id, timeline.next_id = meta["first_id"], meta.get("next_id", 0)
     put_back(timeline.tracking, _read_tracking(meta["tracking"], arrays))
-    if timeline.tracking.index is not None:
-        timeline.snapshots.keep(timeline.tracking)
+    index = timeline.tracking.index
+    if index is not None and timeline.features.total is None:
+        timeline.features.go_on(index + 1)
+    elif index is not None:
+        timeline.snapshots.keep(timeline.tracking, always=True)
 
 
 def _made_for(timeline: Timeline) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sam3_jax.tracking.concepts.masklets import NONE
 from sam3_jax.tracking.concepts.outputs import output_delay, release
 from sam3_jax.video import saving
 from sam3_jax.video.asking import ask_clicks, ask_masks, check_mask, packed, unpacked
-from sam3_jax.video.display import Seen, VideoFrame, show
+from sam3_jax.video.display import VideoFrame, show
 from sam3_jax.video.frames import VideoError
 from sam3_jax.video.phrases import Phrase
 from sam3_jax.video.reader import VideoSource
@@ -49,8 +49,9 @@ class Session:
         """Looks for everything that a phrase names, from the next pass on.
 
         A session may have several phrases; identities are independent. Called again with the same
-        phrase it adds exemplars. What was tracked is forgotten and the next pass begins at the
-        start of the video; in a stream the phrase joins at the next frame.
+        phrase it adds exemplars, or replaces those of the same frame. What was tracked is forgotten
+        with all corrections of what phrases had found, and found with new numbers by the next pass,
+        which begins at the start of the video; in a stream the phrase joins at the next frame.
 
         Args:
           phrase: a noun phrase; None: what the boxes show, found on their frame and then tracked.
@@ -95,7 +96,8 @@ class Session:
         before are replaced. Then propagate again, from that frame on, or backwards.
 
         Args:
-          points: (n, 2) as (x, y).
+          points: (n, 2) as (x, y); of more than 16, the corners of a box among them, the first and
+            the last 8 count, as upstream.
           labels: 1 on the object (default), 0 not on it.
           object_id: None: a new object.
           box: (x0, y0, x1, y1) around the object, besides.
@@ -139,14 +141,16 @@ class Session:
         return object_id
 
     def remove(self, object_id: int) -> None:
-        """Stops following an object, on all frames. Its identity is not used again.
+        """Takes an object out, on all frames. Its identity is not used again.
+
+        What a phrase found stays away: it is followed on, unseen, so that it is not found anew.
 
         Raises:
-          KeyError: for an unknown one.
+          KeyError: for an unknown one, or one that was removed before.
         """
         timeline = self._timeline
         if object_id not in timeline.clicked:
-            timeline.tracking.table.row_of(object_id)
+            timeline.row_of(object_id)
         timeline.remove(object_id)
 
     # ------------------------------------------------------------------ results
@@ -173,11 +177,13 @@ class Session:
 
         Yields:
           every frame, in order, one that cannot be read with its error and without objects. With
-          phrases frames come ``delay`` frames late, and all of them by the end.
+          phrases frames come ``delay`` frames late, and all of them by the end. A pass that was
+          left goes on from ``position + 1`` with the frames that were waiting.
 
         Raises:
           ValueError: when nothing was asked for yet.
-          VideoError: when frame ``start`` does not exist or is gone.
+          VideoError: when frame ``start`` does not exist or is gone; in the middle of a pass, when
+            a correction has taken the session back to another frame.
         """
         timeline = self._timeline
         features = timeline.features
@@ -201,21 +207,33 @@ class Session:
     ) -> Iterator[VideoFrame]:
         timeline = self._timeline
         timeline.go_to(start, backward=backward)
-        waiting: list[Seen] = []
+        moves, given = timeline.moves, timeline.edits.given
         for encoded in timeline.features.frames(start, stop, backward=backward):
-            waiting.append(timeline.step(encoded))
-            yield from self._due(waiting, finished=False, exclusive=exclusive)
-        yield from self._due(waiting, finished=True, exclusive=exclusive)
+            self._check_pass(moves)
+            if timeline.edits.given != given:  # of the frame that was just shown
+                given = timeline.edits.given
+                timeline.apply_edits()
+            timeline.waiting.append(timeline.step(encoded))
+            yield from self._due(moves, finished=False, exclusive=exclusive)
+        yield from self._due(moves, finished=True, exclusive=exclusive)
 
-    def _due(self, waiting: list[Seen], *, finished: bool, exclusive: bool) -> Iterator[VideoFrame]:
-        """Frames that need not wait any longer; takes them from ``waiting``."""
+    def _check_pass(self, moves: int) -> None:
+        if self._timeline.moves != moves:
+            raise VideoError(
+                f"{self.video.name}: the session has gone to another frame since this pass began, "
+                "as a correction does: leave the pass and propagate() from the corrected frame"
+            )
+
+    def _due(self, moves: int, *, finished: bool, exclusive: bool) -> Iterator[VideoFrame]:
+        """Frames that need not wait any longer; each stops waiting when it is shown."""
         timeline = self._timeline
-        outputs = [seen.output for seen in waiting]
+        outputs = [seen.output for seen in timeline.waiting]
         due = release(
             timeline.kit.config.concepts, outputs, delay=self.delay + 1, finished=finished
         )
-        ready = [waiting.pop(0) for _ in due]
-        for seen, (_, shown) in zip(ready, due, strict=True):
+        for _, shown in due:
+            self._check_pass(moves)
+            seen = timeline.waiting.pop(0)
             yield show(seen, shown, self.phrases, timeline.kit.size, exclusive=exclusive)
 
     @property
@@ -248,7 +266,8 @@ class Session:
         """Identities that are tracked now, with their phrases; "" for objects of a user's."""
         tracking, phrases = self._timeline.tracking, self._timeline.phrases
         table = tracking.table
-        numbers = [(int(table.ids[r]), int(table.phrases[r])) for r in tracking.order]
+        rows = [r for r in tracking.order if table.ids[r] not in self._timeline.dropped]
+        numbers = [(int(table.ids[r]), int(table.phrases[r])) for r in rows]
         return {i: phrases[p].name if p != NONE else "" for i, p in numbers}
 
     @property
@@ -297,9 +316,9 @@ class Session:
         self._check_frame(frame)
         if object_id is not None:
             if object_id not in timeline.clicked:
-                timeline.tracking.table.row_of(object_id)
+                timeline.row_of(object_id)
             timeline.at(frame)
-            timeline.tracking.table.row_of(object_id)
+            timeline.row_of(object_id)
         return object_id
 
     def _check_frame(self, frame: int) -> None:

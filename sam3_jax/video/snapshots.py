@@ -44,6 +44,12 @@ def take(tracking: Tracking) -> Snapshot:
     )
 
 
+def snapshot_size(tracking: Tracking) -> int:
+    """Bytes that :func:`take` would copy."""
+    table = sum(column.nbytes for column in tracking.table)
+    return table + tracking.buckets.packed_bytes(len(tracking.order))
+
+
 def put_back(tracking: Tracking, snapshot: Snapshot) -> None:
     """Makes ``tracking`` what it was."""
     buckets = tracking.buckets
@@ -73,22 +79,24 @@ class Snapshots:
         return sum(snapshot.bytes for snapshot in self._kept)
 
     def offer(self, tracking: Tracking) -> None:
-        """Takes one if it is time; drops every other one where they become too large."""
+        """Takes one if it is time; before, drops every other one where they would be too large."""
         done = abs(tracking.index - tracking.origin)
-        if self._limit == 0 or done % self._every:
-            return
-        self.keep(tracking)
-        while self.bytes > self._limit:
-            self._every *= 2
-            thinner = [s for s in self._kept if s.done <= 0 or s.done % self._every == 0]
-            # Those at the beginning of a pass would stay for ever.
-            self._kept = thinner if len(thinner) < len(self._kept) else []
+        if done % self._every == 0:
+            self.keep(tracking)
 
-    def keep(self, tracking: Tracking) -> None:
-        """Takes one."""
+    def keep(self, tracking: Tracking, *, always: bool = False) -> None:
+        """Takes one, if there is room, or ``always``; see :meth:`offer`."""
         where = tracking.index, tracking.backward
         self._kept = [s for s in self._kept if (s.index, s.backward) != where]
-        self._kept.append(take(tracking))
+        size = snapshot_size(tracking)
+        while self.bytes + size > self._limit and any(s.done >= 0 for s in self._kept):
+            self._every *= 2
+            turns = [s for s in self._kept if s.done < 0]  # nothing leads back behind them
+            rest = [s for s in self._kept if s.done >= 0 and s.done % self._every == 0]
+            # Those of a pass's first frame would stay for ever.
+            self._kept = turns + rest if len(turns + rest) < len(self._kept) else turns
+        if always or self.bytes + size <= self._limit:
+            self._kept.append(take(tracking))
 
     def clear(self, *, backward: bool | None = None) -> None:
         """A new pass begins in one direction, or in both."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from sam3_jax.tracking.concepts import masklets
 from sam3_jax.tracking.concepts.masklets import NONE
@@ -37,6 +38,9 @@ class Timeline:
         self.clicked: dict[int, int] = {}  # objects that a user made: the frame of the first prompt
         self.dropped: set[int] = set()  # objects that a user removed
         self.first_id: int | None = None  # of what phrases find
+        self.next_id = 0  # above everything that phrases have ever found
+        self.waiting: list[Seen] = []  # tracked, not shown yet
+        self.moves = 0  # how often the place has changed other than by a step
         config = kit.config
         limit = config.snapshot_bytes if features.total is not None else 0
         self.snapshots = Snapshots(config.snapshot_every, limit)
@@ -47,28 +51,45 @@ class Timeline:
 
     def new_id(self) -> int:
         """The identity of the next object that a user makes."""
-        later = bool(self.phrases) and self.tracking.index is not None
-        used = [i for i in (*self.clicked, *self.dropped) if (i >= LATER) == later]
-        return max(used, default=(LATER if later else 0) - 1) + 1
+        used = (*self.clicked, *self.dropped)
+        if self.first_id is None:
+            return max(used, default=-1) + 1
+        if self.tracking.index is None:  # phrases have found nothing yet, and begin behind it
+            self._count_from(self.first_id + 1)
+            return self.first_id - 1
+        return max((i for i in used if i >= LATER), default=LATER - 1) + 1
 
     def add_phrase(self, phrase: Phrase) -> None:
         """What is tracked begins anew, but in a stream, where it is joined."""
         self.phrases.append(phrase)
         if self.first_id is None:
-            self.first_id = max((*self.clicked, *self.dropped), default=-1) + 1
-            number = np.asarray(self.first_id, np.int32)
-            self.tracking.table = self.tracking.table._replace(next_id=number)
+            self._count_from(max((*self.clicked, *self.dropped), default=-1) + 1)
         self.phrases_changed()
 
     def phrases_changed(self) -> None:
-        """Earlier states did not look for what is looked for now."""
+        """Earlier states did not look for what is looked for now.
+
+        Where all begins anew, what was said about objects that phrases had found means nothing any
+        more, and their numbers are not used again.
+        """
         self.snapshots.clear()
         if self.tracking.index is None or self.features.total is not None:
+            for object_id in {e.object_id for e in self.edits} - self.clicked.keys():
+                self.edits.drop(object_id)
+            self._count_from(max(self.first_id, self.next_id))
             self.begin()
+
+    def _count_from(self, number: int) -> None:
+        """Phrases number what they find from here on."""
+        self.first_id = number
+        table = self.tracking.table
+        self.tracking.table = table._replace(next_id=np.asarray(number, np.int32))
 
     def begin(self) -> None:
         """Nothing is tracked but what a user made."""
         rows = self.tracking.buckets.rows
+        self.waiting.clear()
+        self.moves += 1
         self.tracking = nothing_tracked(self.kit)  # the old states go before new ones are made
         self.tracking.buckets.reserve(rows)
         table = masklets.grow(self.tracking.table, rows)
@@ -77,8 +98,8 @@ class Timeline:
 
     def make_clicked(self) -> None:
         """Rows for a user's objects that have none, and none for those that were removed."""
-        tracking = self.tracking
-        tracking.remove(tracking.table.live & np.isin(tracking.table.ids, list(self.dropped)))
+        tracking, table = self.tracking, self.tracking.table
+        tracking.remove(self.removed(table.ids) & (table.phrases == NONE))
         for object_id, frame in sorted(self.clicked.items()):
             if not tracking.has(object_id):
                 tracking.add_clicked(object_id, frame, together=not self.phrases)
@@ -91,11 +112,33 @@ class Timeline:
         return object_id
 
     def remove(self, object_id: int) -> None:
-        """Ends an object for good."""
+        """Ends an object for good.
+
+        One that a phrase found is followed on, unseen: its phrase would find it anew.
+        """
         self.edits.drop(object_id)
         self.clicked.pop(object_id, None)
         self.dropped.add(object_id)
         self.make_clicked()
+        for seen in self.waiting:
+            seen.output.hidden[seen.output.ids == object_id] = True
+
+    def removed(self, ids: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which identities a user has removed."""
+        return np.isin(ids, list(self.dropped))
+
+    def row_of(self, object_id: int) -> int:
+        """Where an object is tracked.
+
+        Raises:
+          KeyError: for one that is unknown or was removed, with those that there are.
+        """
+        table = self.tracking.table
+        if object_id not in self.dropped:
+            return table.row_of(object_id)
+        there = np.sort(table.ids[table.live & ~self.removed(table.ids)])
+        known = ", ".join(map(str, there)) or "none"
+        raise KeyError(f"object {object_id} was removed; tracked now: {known}")
 
     def changed(self, frame: int) -> None:
         """A prompt on a frame was added or replaced."""
@@ -169,6 +212,7 @@ class Timeline:
                 overlapping=not self.phrases,
             )
         tracking.index = encoded.index
+        self.next_id = max(self.next_id, int(tracking.table.next_id))
         if first:
             tracking.origin = encoded.index
         self.features.passed(encoded.index, keep=bool(self.edits.on(encoded.index)))
@@ -195,14 +239,12 @@ class Timeline:
         if not self.phrases:
             tracking.latest = track_objects(self.kit, tracking, levels, frame, edits)
             return
-        latest = track_concepts(
-            self.kit, tracking, levels, encoded.trunk, frame, edits, self.phrases
+        unseen = self.removed(tracking.table.ids)
+        tracking.latest = track_concepts(
+            self.kit, tracking, levels, encoded.trunk, frame, edits, self.phrases, unseen
         )
-        gone = np.isin(latest.output.ids, list(self.dropped))
-        latest.output.hidden[gone] = True
-        tracking.latest = latest
-        table = tracking.table
-        tracking.remove(table.live & np.isin(table.ids, list(self.dropped)))
+        output = tracking.latest.output
+        output.hidden[self.removed(output.ids)] = True
 
     def go_to(self, start: int, *, backward: bool) -> None:
         """Makes ``start`` the next frame of a pass in a direction.
@@ -210,11 +252,14 @@ class Timeline:
         Raises:
           VideoError: in a stream, for a frame that is gone.
         """
+        self.moves += 1
         tracking, sign = self.tracking, -1 if backward else 1
         if tracking.index is not None:
             if tracking.backward == backward:
                 if (start - tracking.index) * sign <= 0:
                     self.rewind(start - sign, backward=backward)
+                elif start != tracking.index + sign:
+                    self.waiting.clear()
             elif abs(start - tracking.index) > 1:
                 self.rewind(start, backward=not backward)
         self._turn(start, backward=backward)
@@ -226,11 +271,11 @@ class Timeline:
         if tracking.index is None or tracking.backward != backward:
             self.snapshots.clear(backward=backward)
         if tracking.index is not None and tracking.backward != backward:
+            self.waiting.clear()
             # As if it had come from the other side; what it knows stays to be gone back to.
             tracking.index, tracking.origin = start + (1 if backward else -1), start
             tracking.backward, tracking.latest = backward, None
-            if self.features.total is not None:
-                self.snapshots.keep(tracking)
+            self.snapshots.keep(tracking, always=True)
         tracking.backward = backward
 
     def rewind(self, frame: int, *, backward: bool, look: bool = False) -> None:
@@ -243,6 +288,8 @@ class Timeline:
                 f"frame {frame} of {self.features.video.name} is gone: a stream can be tracked "
                 "once, forwards; record it to a file to go back"
             )
+        self.waiting.clear()
+        self.moves += 1
         tracking, sign = self.tracking, -1 if backward else 1
         known_edits = set(tracking.applied)
         origin = tracking.origin if tracking.backward == backward else None

@@ -8,11 +8,14 @@
                       "iscrowd": 0, "width": 640, "height": 480, "length": 250, "score": 0.9,
                       "segmentations": [null, {"size": [480, 640], "counts": ...}, ...],
                       "bboxes": [null, [x, y, w, h], ...], "areas": [null, 1234, ...],
-                      "scores": [null, 0.91, ...]}]}
+                      "scores": [null, 0.9, ...], "tracker_scores": [null, 0.87, ...]}]}
 
-An annotation's ``id`` is the object's; its ``score`` is the mean over the frames that it is in,
-``scores`` has each. Lists have one entry a frame, null where the object is not. ``file_names`` is
-there for folders of pictures, ``errors`` names frames that could not be read.
+An annotation's ``id`` is the object's. Its ``score`` is the mean of ``scores``, which are those of
+the detection that the object came of: one value, but for frames before and after a click, which
+makes it 1. ``tracker_scores`` are how sure the tracker is of the object, frame by frame. Lists have
+one entry a frame, null where the object is not, and in ``tracker_scores`` for results from before
+these were written. ``file_names`` is there for folders of pictures, ``errors`` names frames that
+could not be read.
 
 Results come by frame and are wanted by object. The turn is made on the disk, in a temporary SQLite
 file beside the output, so that hours of video need no more memory than seconds.
@@ -32,7 +35,13 @@ from sam3_jax.inference.files import replacing
 from sam3_jax.inference.records import SCHEMA_VERSION
 from sam3_jax.video.results import Recorded, read_results
 
-_LISTS = {"segmentations": "segmentation", "bboxes": "bbox", "areas": "area", "scores": "score"}
+_LISTS = {
+    "segmentations": "segmentation",
+    "bboxes": "bbox",
+    "areas": "area",
+    "scores": "score",
+    "tracker_scores": "tracker_score",
+}
 
 
 def merge_tracks(
@@ -110,16 +119,16 @@ def _fill(table: sqlite3.Connection, recorded: Recorded) -> dict[str, Any]:
     """Puts all entries into the table; what the frames have to tell about the video."""
     times: list[float | None] = [None] * recorded.length
     errors: dict[str, str] = {}
+    insert = f"INSERT INTO entry VALUES (?, ?{', ?' * len(_LISTS)})"
     for record in recorded.frames():
         frame = record["frame"]
         times[frame] = record["time"]
         if record["error"] is not None:
             errors[str(frame)] = record["error"]
         for item in record["objects"]:
+            item = {"tracker_score": None, **item}  # older results lack it
             values = (json.dumps(item[name]) for name in _LISTS.values())
-            table.execute(
-                "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?)", (item["id"], frame, *values)
-            )
+            table.execute(insert, (item["id"], frame, *values))
             known = (item["id"], frame, item["phrase"])
             table.execute("INSERT OR IGNORE INTO object VALUES (?, ?, ?)", known)
     table.commit()

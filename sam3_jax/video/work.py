@@ -70,7 +70,8 @@ def ask(session: Session, job: Job, span: Span) -> None:
     frame = 0 if job.frame is None else span.place(job.frame, session.video.name)
     if job.threshold is not None:
         raise PromptError(
-            f"{job.image}: a video has no threshold of its own; --threshold is for all of a run"
+            f"{job.image}: a video has no threshold of its own: leave out the job's, and give "
+            "--threshold for all videos of a run"
         )
     if not job.about_object:
         boxes = {"boxes": job.boxes, "labels": job.box_labels, "frame": frame} if job.boxes else {}
