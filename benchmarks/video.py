@@ -39,10 +39,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -305,8 +305,30 @@ def alone(function: Callable, *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def compile_case(case: str, *, quick: bool) -> dict[str, Any]:
-    """Memory and FLOPs a chip of one frame of tracking, for chips that are not here."""
+class TpuCase(NamedTuple):
+    """Chips, and how objects come to them in sessions (``video.command.config_of``)."""
+
+    device: str
+    chips: int
+    objects: int
+
+    @property
+    def bucket(self) -> int:
+        """Objects of one call."""
+        from sam3_jax.tracking.config import TrackerConfig
+
+        sizes = (self.objects, TrackerConfig().bucket_size)
+        return min(-(-slots // self.chips) * self.chips for slots in sizes)
+
+
+def parse_case(text: str) -> TpuCase:
+    """DEVICE:CHIPS:OBJECTS."""
+    device, chips, objects = text.split(":")
+    return TpuCase(device, int(chips), int(objects))
+
+
+def compile_bucket(case: TpuCase, *, quick: bool) -> dict[str, Any]:
+    """Memory and FLOPs a chip of tracking one bucket in a frame, for chips that are not here."""
     from benchmarks import aot  # first: it sets jax up to compile only
 
     # isort: split
@@ -322,13 +344,8 @@ def compile_case(case: str, *, quick: bool) -> dict[str, Any]:
     from sam3_jax.tracking.programs import Programs
     from sam3_jax.tracking.state import empty_state, state_bytes
 
-    device, *numbers = case.split(":")
-    chips, objects = map(int, numbers)
-    mesh = aot.device_mesh(aot.Case(device, chips, 1, 1))
-    # As sessions have it (video.command.config_of).
-    bucket = min(-(-slots // chips) * chips for slots in (objects, TrackerConfig().bucket_size))
-    calls = -(-objects // bucket)
-    model, tracker = sam3(), TrackerConfig(bucket_size=bucket)
+    mesh = aot.device_mesh(aot.Case(case.device, case.chips, 1, 1))
+    model, tracker = sam3(), TrackerConfig(bucket_size=case.bucket)
     programs = Programs(model, tracker, dtype=jnp.bfloat16)
     whole = NamedSharding(mesh, PartitionSpec())
     grid = model.image_size // model.vision.patch_size
@@ -351,15 +368,37 @@ def compile_case(case: str, *, quick: bool) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         lowered = programs.track.lower(*args)
     compiled = lowered.compile(compiler_options=aot.QUICK if quick else None)
-    row = {"case": case, "chip_gb": aot.MEMORY_GB[device], **aot.measure(compiled)}
-    state_gb = state_bytes(tracker, model, dtype=jnp.bfloat16, objects=objects).session / 1e9
+    of_bucket = state_bytes(tracker, model, dtype=jnp.bfloat16, objects=case.bucket).session / 1e9
+    chip = {"chip_gb": aot.MEMORY_GB[case.device], "state_gb": of_bucket}
+    return aot.measure(compiled) | chip | {"compile_s": time.perf_counter() - start}
+
+
+def tpu_row(text: str, bucket: dict[str, Any]) -> dict[str, Any]:
+    """A case as calls of its bucket's program, whose figures are given."""
+    case = parse_case(text)
+    calls = -(-case.objects // case.bucket)
+    row = {"case": text, "calls": calls, **bucket}
+    row["state_gb"] *= calls
     # The other buckets wait with their states alone.
-    row["total_gb"] += state_gb * (1 - 1 / calls) / chips
+    row["total_gb"] += bucket["state_gb"] * (calls - 1) / case.chips
     for name in ("tflop", "moved_gb"):
         if row[name] is not None:  # of GPUs nothing is said
             row[name] *= calls
-    row |= {"calls": calls, "state_gb": state_gb, "compile_s": time.perf_counter() - start}
     return row
+
+
+def compile_cases(cases: Iterable[str], *, quick: bool) -> list[dict[str, Any]]:
+    """Rows of the table; a program that several cases share is compiled once."""
+    known: dict[tuple, dict[str, Any]] = {}
+    rows = []
+    for text in cases:
+        case = parse_case(text)
+        key = case.device, case.chips, case.bucket
+        if key not in known:
+            known[key] = alone(compile_named, case, quick)
+        rows.append(tpu_row(text, known[key]))
+        print(table(rows[-1:], TPU).splitlines()[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 TIMES = (
@@ -437,10 +476,7 @@ def write(path: Path, parts: dict[str, list[dict]]) -> None:
 def main() -> None:
     args = parse_args()
     if args.tpu:
-        rows = []
-        for case in args.case or TPU_CASES:
-            rows.append(alone(compile_named, case, args.quick))
-            print(table(rows[-1:], TPU).splitlines()[-1], file=sys.stderr, flush=True)
+        rows = compile_cases(args.case or TPU_CASES, quick=args.quick)
         print(table(rows, TPU))
         parts = {"tpu": rows}
     else:
@@ -454,9 +490,9 @@ def main() -> None:
         write(args.json, parts)
 
 
-def compile_named(case: str, quick: bool) -> dict[str, Any]:  # noqa: FBT001 (crosses a process)
-    """:func:`compile_case` as another process calls it."""
-    return compile_case(case, quick=quick)
+def compile_named(case: TpuCase, quick: bool) -> dict[str, Any]:  # noqa: FBT001 (crosses a process)
+    """:func:`compile_bucket` as another process calls it."""
+    return compile_bucket(case, quick=quick)
 
 
 if __name__ == "__main__":

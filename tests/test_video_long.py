@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import platform
@@ -110,8 +109,8 @@ def test_clicked_objects_come_and_go(predictor):
 
 
 @pytest.mark.slow
-def test_a_phrase_finds_objects_for_ever(predictor):
-    """A camera. What is let go is found again, as somebody new."""
+def test_a_phrase_and_clicks_in_a_stream_without_end(predictor):
+    """A camera: clicked objects come and go beside found ones; a found one goes and stays away."""
     session = predictor.start(itertools.cycle(video_session.clip()))
     most = RULES.concepts.max_objects
     for i in range(most):  # room for all of them, so that the session is as large as it can be
@@ -119,13 +118,24 @@ def test_a_phrase_finds_objects_for_ever(predictor):
     for i in range(most):
         session.remove(i)
     session.add_text("cat")
-    watch, seen = Watch(session), set()
+    watch, seen, places = Watch(session), set(), np.random.default_rng(0)
+    ids: list[int] = []
+    removed = None
     for frame in itertools.islice(session.propagate(), 3 * WARM // 2):
         seen |= set(frame.ids.tolist())
         if frame.index % STEP == 0:
             watch.look(frame.index)
-            for number in frame.ids.tolist():
-                with contextlib.suppress(KeyError):  # gone since, as frames come late
-                    session.remove(number)
+            ids.append(
+                session.add_points(session.position, places.uniform((2, 2), (78, 62), (1, 2)))
+            )
+            if len(ids) > 4:
+                session.remove(ids.pop(0))
+            found = [i for i, phrase in session.objects.items() if phrase]
+            if removed is None and found:
+                removed = found[0]
+                session.remove(removed)
+        elif removed is not None:
+            assert removed not in frame.ids
     watch.check(most)
+    assert removed is not None
     assert len(seen) > 20

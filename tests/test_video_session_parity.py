@@ -1,8 +1,7 @@
 """Whole sessions against torch's networks under upstream's rules, at tiny sizes.
 
-Every step of tracking is compared elsewhere (``test_tracking_parity``,
-``test_concepts_plan``); here
-it is what the session makes of them: order, prompts, births, memory, outputs.
+Every step of tracking is compared elsewhere (``test_tracking_parity``, ``test_concepts_plan``);
+here it is what the session makes of them: order, prompts, births, memory, outputs.
 """
 
 from __future__ import annotations
@@ -87,13 +86,17 @@ def predictor(model) -> VideoPredictor:
 
 
 @pytest.mark.slow
-def test_phrase(model, clip, predictor):
+@pytest.mark.parametrize(("selection", "together"), [("object", False), ("session", True)])
+def test_phrase(model, clip, predictor, selection, together):
     """Objects are born, renewed, removed; masks, scores and identities stay equal."""
+    concepts = dataclasses.replace(CONCEPTS, recondition_together=together)
+    tracker = TrackerConfig(bucket_size=8, selection=selection)
+    predictor = VideoPredictor.from_engine(predictor.engine, video=VideoConfig(tracker, concepts))
     tokens = default_tokenizer()(["a cat"], MODEL.text.context_length)
-    rules = Rules("object", FRAMES)
+    rules = Rules(selection, FRAMES)
     side = MODEL.image_size
     pixels = [normalize(resize_image(picture, (side, side))) for picture in clip]
-    want = ConceptSession(model, CONCEPTS, clip.shape[1:3], rules, tokens)
+    want = ConceptSession(model, concepts, clip.shape[1:3], rules, tokens)
     session = predictor.start(clip, delay=0)
     session.add_text("a cat")
     happened = dict.fromkeys(("born", "removed", "renewed", "suppressed", "tracked"), 0)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sam3_jax.models.tracker import Tracked
+from sam3_jax.tracking.concepts.masklets import NONE
 from sam3_jax.tracking.concepts.plan import Detected, FramePlan, plan_frame
 from sam3_jax.tracking.concepts.shrinkage import MemoryMasks
 from sam3_jax.tracking.memories import Frame
@@ -20,7 +21,7 @@ from sam3_jax.video.concept_programs import padded
 from sam3_jax.video.edits import Edit
 from sam3_jax.video.object_loop import prompted_rows
 from sam3_jax.video.phrases import Found, Phrase, detect
-from sam3_jax.video.tracked import Kit, Latest, Tracking
+from sam3_jax.video.tracked import Birth, Kit, Latest, Tracking
 
 
 def track_concepts(
@@ -35,6 +36,9 @@ def track_concepts(
 ) -> Latest:
     """Detects, propagates, decides, remembers; adds what is new and ends what is over.
 
+    Objects that were born on this very frame, which is looked at again, are what their detections
+    gave: upstream tracks no frame that has a prompt.
+
     Args:
       levels: the tracker's pyramid.
       trunk: of the same frame, for the detector.
@@ -45,9 +49,10 @@ def track_concepts(
     tracking.buckets.reserve(len(table.ids))
     seen = detect(kit, trunk, phrases, int(frame.index))
     found = tracking.buckets.find(levels, frame)
-    said = prompted_rows(tracking, edits)
-    for i, slots in said.items():
-        found[i] = kit.programs.place(with_rows(found[i], slots))
+    said, born = prompted_rows(tracking, edits), tracking.born_here()
+    for i in said.keys() | born.keys():
+        given = {**born.get(i, {}), **said.get(i, {})}
+        found[i] = kit.programs.place(with_rows(found[i], given))
     tracks, measures, logits = programs.look(tuple(found), seen.masks, seen.kept, table.live)
     scores, kept, measures, logits = jax.device_get((seen.scores, seen.kept, measures, logits))
     visible = ~(unseen[:, None] | unseen)
@@ -125,7 +130,8 @@ def _bear(
     for phrase in np.unique(phrases):
         mine = phrases == phrase
         rows, detections = plan.born_rows[mine], plan.born_detections[mine]
-        _prompt(kit, tracking, levels, frame, seen.masks, rows, detections.astype(np.int32))
+        ids = plan.table.ids[rows]
+        _prompt(kit, tracking, levels, frame, seen.masks, rows, ids, detections.astype(np.int32))
 
 
 def _prompt(
@@ -135,6 +141,7 @@ def _prompt(
     frame: Frame,
     masks: Float[Array, "d h w"],
     rows: Int[np.ndarray, " k"],
+    ids: Int[np.ndarray, " k"],
     detections: Int[np.ndarray, " k"],
 ) -> None:
     """First prompts of one phrase's new objects, from whose masks later ones take pixels."""
@@ -143,8 +150,10 @@ def _prompt(
     given = kit.concepts.born(masks, padded(detections, length, -1))
     places = np.full(buckets.rows, -1, np.int32)
     places[rows] = np.arange(len(rows))
+    names = np.append(ids, NONE)
     for i, own in enumerate(buckets.split(places)):
         if (own >= 0).any():
             here = kit.concepts.pick(given, own)
             first = buckets.programs.prompt_mask(buckets.params, levels, here)
+            tracking.births.append(Birth(i, names[own], first))
             buckets.memorize(i, levels, frame, first, own >= 0, own >= 0, own >= 0)

@@ -211,6 +211,7 @@ class Timeline:
                 encoded.error,
                 overlapping=not self.phrases,
             )
+        tracking.births.clear()
         tracking.index = encoded.index
         self.next_id = max(self.next_id, int(tracking.table.next_id))
         if first:

@@ -44,6 +44,14 @@ class Latest(NamedTuple):
     found: tuple[Tracked, ...]  # by bucket
 
 
+class Birth(NamedTuple):
+    """New objects of one bucket, and what their first prompts gave."""
+
+    bucket: int
+    ids: Int[np.ndarray, " s"]  # NONE in other slots
+    found: Tracked
+
+
 @dataclass
 class Tracking:
     """Everything that a frame changes. ``index`` is the last frame, ``origin`` the pass's first."""
@@ -55,12 +63,24 @@ class Tracking:
     backward: bool = False
     applied: set[int] = field(default_factory=set)  # edits that the memories hold
     latest: Latest | None = None
+    births: list[Birth] = field(default_factory=list)  # of the frame that is being looked at
 
     @property
     def order(self) -> Int[np.ndarray, " m"]:
         """Rows in use in the order of their identities."""
         rows = np.flatnonzero(self.table.live)
         return rows[np.argsort(self.table.ids[rows])]
+
+    def born_here(self) -> dict[int, dict[int, Tracked]]:
+        """What the first prompts of this frame's new objects gave, by bucket and slot."""
+        given: dict[int, dict[int, Tracked]] = {}
+        for bucket, ids, found in self.births:
+            host = jax.device_get(found)
+            there = (ids != NONE) & (ids == self.buckets.split(self.table.ids)[bucket])
+            for slot in np.flatnonzero(there):
+                one = Tracked(*(np.array(value[slot]) for value in host))
+                given.setdefault(bucket, {})[int(slot)] = one
+        return given
 
     def has(self, object_id: int) -> bool:
         """Whether an object is tracked."""

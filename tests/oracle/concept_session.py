@@ -64,7 +64,7 @@ class ConceptSession:
         rules: Rules,
         token_ids: np.ndarray,
     ) -> None:
-        """``token_ids``: (1, n) of the phrase. ``rules``: selection by own scores."""
+        """``token_ids``: (1, n) of the phrase."""
         self.model, self.config, self.video, self.tokens = model, config, video, token_ids
         self.planner = Planner(config)
         self.features: dict[int, Features] = {}
@@ -118,8 +118,13 @@ class ConceptSession:
         side = 4 * self.tracker.grid
         if not ids:
             return np.zeros(0, np.float32), np.zeros((0, side, side), np.float32)
-        self.tracker.track(index)
-        outs = [self.tracker.tracked[i][index] for i in ids]
+        if index in self.tracker.prompted[ids[0]]:
+            # Looked at again: upstream tracks no frame that has a prompt. All were born on it.
+            outs = [self.tracker.prompted[i][index] for i in ids]
+        else:
+            self.tracker.gone = set(range(len(self.tracker.tracked))) - set(ids)
+            self.tracker.track(index)
+            outs = [self.tracker.tracked[i][index] for i in ids]
         masks = [clean(out["mask"].numpy(), self.config.clean_area) for out in outs]
         return np.asarray([float(out["object_logit"]) for out in outs], np.float32), np.stack(masks)
 
@@ -134,11 +139,13 @@ class ConceptSession:
         if not ids:
             return
         size = 16 * self.tracker.grid
+        groups = self.tracker.groups
+        renewed = set(pointers)
+        if self.config.recondition_together:
+            renewed = {i for i in ids if groups[i] in {groups[j] for j in pointers}}
         for i, large in zip(ids, capped_masks(masks, (size, size)), strict=True):
             tracked, prompted = self.tracker.tracked[i], self.tracker.prompted[i]
-            if index in prompted:  # the first frame, looked at again
-                tracked.pop(index)
-            elif i in pointers:
+            if i in renewed and index not in prompted:
                 prompted[index] = tracked.pop(index)
             out = (tracked | prompted)[index]
             if i in pointers:
@@ -161,6 +168,7 @@ class ConceptSession:
             return
         for i, logits in new.items():
             assert i == len(self.tracker.tracked)
+            self.tracker.groups.append(min(new))
             self.tracker.tracked.append({})
             self.tracker.prompted.append({})
             hard = self._hard(logits).numpy()

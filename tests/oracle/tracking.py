@@ -85,6 +85,8 @@ class Session:
         self.model, self.features, self.rules = model, features, rules
         self.prompted: list[dict[int, dict]] = [{} for _ in range(objects)]
         self.tracked: list[dict[int, dict]] = [{} for _ in range(objects)]
+        self.groups = [0] * objects  # with selection "session": whose scores are averaged
+        self.gone: set[int] = set()
         self.side = model.image_size
         self.grid = model.backbone_feature_sizes[-1][0]
 
@@ -183,7 +185,7 @@ class Session:
         model, (levels, where) = self.model, self.features[frame]
         coarse = levels[2]
         prompted, tracked = self.prompted[obj], self.tracked[obj]
-        scores = {t: float(out["score"]) for t, out in tracked.items()}
+        scores = {t: self._score(t, obj) for t in tracked}
         maps, pointers = attended(frame, list(prompted), scores, self.rules, backward=backward)
         kept = tracked | prompted
         tokens, positions = model._build_memory_attention_inputs(
@@ -221,20 +223,27 @@ class Session:
     @torch.no_grad()
     def track(self, frame: int, *, backward: bool = False) -> list[Found]:
         """All objects on a frame where none was prompted."""
-        outs = []
-        for obj in range(len(self.tracked)):
+        there = [obj for obj in range(len(self.tracked)) if obj not in self.gone]
+        outs = {}
+        for obj in there:
             fine, middle, _ = self.features[frame].levels
             coarse = self._read(frame, obj, backward=backward)
-            outs.append(self._heads([fine, middle, coarse], multimask=True))
-        scores = [
-            torch.clamp(2 * torch.sigmoid(o["object_logit"]) - 1, min=0) * o["iou"] for o in outs
-        ]
-        mean = torch.stack(scores).mean()
-        for obj, (out, score) in enumerate(zip(outs, scores, strict=True)):
-            out["score"] = mean if self.rules.selection == "session" else score
+            outs[obj] = self._heads([fine, middle, coarse], multimask=True)
+        for obj, out in outs.items():
+            presence = torch.clamp(2 * torch.sigmoid(out["object_logit"]) - 1, min=0)
+            out["score"] = float(presence * out["iou"])
             self._remember(frame, out, torch.sigmoid(_resize(out["mask"], self.side)))
             self.tracked[obj][frame] = out
-        return [self.found(frame, obj) for obj in range(len(outs))]
+        return [self.found(frame, obj) for obj in there]
+
+    def _score(self, frame: int, obj: int) -> float:
+        """Of a tracked frame for memory selection: ``eff_iou_score``."""
+        if self.rules.selection != "session":
+            return self.tracked[obj][frame]["score"]
+        group = [
+            i for i, g in enumerate(self.groups) if g == self.groups[obj] and i not in self.gone
+        ]
+        return float(np.mean([self.tracked[i][frame]["score"] for i in group]))
 
     def found(self, frame: int, obj: int) -> Found:
         """What is kept of an object on a frame, as numpy."""
