@@ -13,13 +13,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam3_jax.ops.attention import BATCH_AXES, attention
-from sam3_jax.ops.rope import Rope, apply_rope
+from sam3_jax.ops.rope import Rope, apply_rope, pairs_apart
 
 Init = str  # a key of KERNEL_BOUND, "normal" is not among them: embeddings use nn.initializers
 
@@ -72,13 +73,17 @@ def init_bias(init: Init, key: Array, fan_in: int, shape: tuple[int, ...]) -> Ar
 
 
 class Linear(nn.Module):
-    """Affine map of the last ``in_axes`` axes to ``features`` (one size, or several)."""
+    """Affine map of the last ``in_axes`` axes to ``features`` (one size, or several).
+
+    ``order``: of the last axis of what comes out; parameters keep their own.
+    """
 
     features: int | tuple[int, ...]
     in_axes: int = 1
     init: Init = "torch"
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    order: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -88,6 +93,8 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", lambda key: init_kernel(self.init, key, fan_in, fan_out, shape + features)
         )
+        if self.order is not None:
+            kernel = kernel[..., np.asarray(self.order)]
         # One flat matrix product: backends know it better than one over several axes.
         y = lax.dot_general(
             x.reshape(*x.shape[: x.ndim - self.in_axes], fan_in).astype(self.dtype),
@@ -98,7 +105,8 @@ class Linear(nn.Module):
         )
         y = y.reshape(*y.shape[:-1], *features)
         if self.use_bias:
-            y = y + self.param("bias", lambda key: init_bias(self.init, key, fan_in, features))
+            bias = self.param("bias", lambda key: init_bias(self.init, key, fan_in, features))
+            y = y + (bias if self.order is None else bias[..., np.asarray(self.order)])
         return y.astype(self.dtype)
 
 
@@ -163,8 +171,9 @@ class Attention(nn.Module):
     ) -> Float[Array, "b n d"]:
         """``rope`` rotates the queries, ``key_rope`` (default: the same) the keys."""
         heads = (self.num_heads, (self.inner_dim or self.dim) // self.num_heads)
-        q = Linear(heads, init=self.init, dtype=self.dtype, name="q")(query)
-        k = Linear(heads, init=self.init, dtype=self.dtype, name="k")(key)
+        order = None if rope is None else tuple(pairs_apart(heads[1]).tolist())
+        q = Linear(heads, init=self.init, dtype=self.dtype, order=order, name="q")(query)
+        k = Linear(heads, init=self.init, dtype=self.dtype, order=order, name="k")(key)
         v = Linear(heads, init=self.init, dtype=self.dtype, name="v")(value)
         if rope is not None:
             q = apply_rope(q, rope)
