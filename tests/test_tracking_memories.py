@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from sam3_jax import config
 from sam3_jax.tracking.config import TrackerConfig
@@ -16,7 +17,7 @@ from sam3_jax.tracking.memories import (
     EMPTY,
     ENDLESS,
     frame_at,
-    group_mean,
+    group_score,
     memory_score,
     place_conditioning,
     place_tracked,
@@ -170,5 +171,17 @@ def test_scores():
     expected = [0.8 * (2 / (1 + np.exp(-2.0)) - 1), 0, 0.5 * (2 / (1 + np.exp(-0.5)) - 1)]
     np.testing.assert_allclose(scores[:3], expected, rtol=1e-6)
     group, valid = jnp.asarray([4, 4, 1, 4]), jnp.asarray([True, True, True, False])
-    mean = [(expected[0] + expected[1]) / 2] * 2 + [expected[2], 0]
-    np.testing.assert_allclose(group_mean(scores, group, valid), mean, rtol=1e-6)
+    both = (2 / (1 + np.exp(-2.0)) - 1) / 2 * (0.8 + 0.9) / 2
+    found = group_score(logits, iou, group, valid)
+    np.testing.assert_allclose(found, [both, both, expected[2], 0], rtol=1e-6)
+
+
+def test_scores_of_a_group_as_upstream_multiplies_them():
+    """One that is nearly gone and one that is: neither the mean of scores (.014) nor one's own."""
+    presence, iou = torch.tensor([[0.04], [0.0]]), torch.tensor([0.7, 0.1])
+    expected = float((presence * iou).mean())
+    assert expected == pytest.approx(0.008)
+    logits = jnp.asarray([np.log(1.04 / 0.96), -3.0])
+    one = jnp.zeros(2, jnp.int32)
+    found = group_score(logits, jnp.asarray(iou.numpy()), one, jnp.ones(2, bool))
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)

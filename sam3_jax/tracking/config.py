@@ -17,9 +17,9 @@ class TrackerConfig:
 
     ``selection``: past frames are read only where their score, presence times predicted IoU, is
     above ``score_threshold``. "object": each object by its own scores, so that a result does not
-    depend on company, but for rounding; "session": by the mean over the objects of one group, as
-    the released video model does (its objects of one session, or those born on one frame); "none":
-    by distance alone.
+    depend on company, but for rounding; "session": by the mean presence times the mean IoU of
+    the objects of one group, as the released video model does (its objects of one session, or those
+    born on one frame); "none": by distance alone.
 
     ``stored_conditioning``: prompted frames that an object keeps; a further one replaces the one
     furthest from it. ``max_conditioning`` of them are read; sessions have programs that read one,
@@ -59,7 +59,7 @@ class TrackerConfig:
 
 
 def sam3() -> TrackerConfig:
-    """What the released video model does: selection by the mean score of a session's objects."""
+    """What the released video model does: selection by the score of a session's objects."""
     return TrackerConfig(selection="session")
 
 

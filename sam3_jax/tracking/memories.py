@@ -20,8 +20,9 @@ Where the result can differ from upstream's:
 - after a change of direction or a jump, upstream still finds what an earlier pass left on the far
   side. Here that was overwritten: start from a snapshot of the state, or with the tracked frames
   forgotten;
-- a good score is decided when the frame is stored; upstream computes the mean score of a session
-  anew when one of its objects is removed;
+- a good score is decided when the frame is stored; upstream computes the score of a session anew
+  when one of its objects is removed, and makes an ordinary frame of one that was conditioning
+  because that object was renewed there;
 - equally distant prompted frames beyond the nearest two: the one stored earlier goes first, which
   after a replacement need not be the one prompted earlier.
 """
@@ -202,15 +203,31 @@ def place_tracked(
     return lax.stop_gradient(jnp.argmax(reason * _LEVEL + key, axis=1))
 
 
+def presence(object_logits: Float[Array, " s"]) -> Float[Array, " s"]:
+    """Probability above one half, rescaled to 0..1."""
+    return jnp.maximum(2.0 / (1.0 + jnp.exp(-object_logits)) - 1.0, 0.0)
+
+
 def memory_score(object_logits: Float[Array, " s"], iou: Float[Array, " s"]) -> Float[Array, " s"]:
-    """How well a frame shows an object: presence above one half, rescaled to 0..1, times IoU."""
-    presence = jnp.maximum(2.0 / (1.0 + jnp.exp(-object_logits)) - 1.0, 0.0)
-    return presence * iou
+    """How well a frame shows an object: its presence times its IoU."""
+    return presence(object_logits) * iou
 
 
-def group_mean(
-    scores: Float[Array, " s"], group: Int[Array, " s"], valid: Bool[Array, " s"]
+def group_score(
+    object_logits: Float[Array, " s"],
+    iou: Float[Array, " s"],
+    group: Int[Array, " s"],
+    valid: Bool[Array, " s"],
 ) -> Float[Array, " s"]:
-    """Mean score of the valid objects of each object's group, 0 for others."""
+    """How well a frame shows the valid objects of each object's group, 0 for others.
+
+    The mean presence times the mean IoU: upstream (``cal_mem_score``) multiplies an array (b, 1) by
+    one of shape (b,) before it takes the mean.
+    """
     same = (group[:, None] == group[None, :]) & valid[None, :] & valid[:, None]
-    return jnp.where(same, scores[None, :], 0.0).sum(1) / jnp.maximum(same.sum(1), 1)
+    count = jnp.maximum(same.sum(1), 1)
+
+    def mean(values: Float[Array, " s"]) -> Float[Array, " s"]:
+        return jnp.where(same, values[None, :], 0.0).sum(1) / count
+
+    return mean(presence(object_logits)) * mean(iou)

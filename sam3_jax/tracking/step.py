@@ -29,7 +29,7 @@ from sam3_jax.tracking.config import TrackerConfig
 from sam3_jax.tracking.masks import MaskPrompt, memory_masks, resize
 from sam3_jax.tracking.memories import (
     Frame,
-    group_mean,
+    group_score,
     memory_score,
     recall_maps,
     recall_pointers,
@@ -118,11 +118,10 @@ def prompt_mask(params: Params, levels: Levels, given: MaskPrompt, *, setup: Set
 
 
 def frame_scores(state: TrackState, found: Tracked, config: TrackerConfig) -> Float[Array, " s"]:
-    """Score of this frame for memory selection: an object's own, or the mean of its group."""
-    scores = memory_score(found.object_logits, found.iou)
+    """Score of this frame for memory selection: an object's own, or that of its group."""
     if config.selection == "session":
-        return group_mean(scores, state.group, state.valid)
-    return scores
+        return group_score(found.object_logits, found.iou, state.group, state.valid)
+    return memory_score(found.object_logits, found.iou)
 
 
 def joint_scores(
@@ -133,12 +132,10 @@ def joint_scores(
     def joined(parts: list[Array]) -> Array:
         return jnp.concatenate(parts)
 
-    scores = memory_score(
-        joined([one.object_logits for one in found]), joined([one.iou for one in found])
-    )
+    logits, iou = joined([one.object_logits for one in found]), joined([one.iou for one in found])
     groups, valid = joined([s.group for s in states]), joined([s.valid for s in states])
     ends = np.cumsum([len(state.valid) for state in states])[:-1]
-    return tuple(jnp.split(group_mean(scores, groups, valid), ends))
+    return tuple(jnp.split(group_score(logits, iou, groups, valid), ends))
 
 
 def frame_size(model: ModelConfig) -> tuple[int, int]:

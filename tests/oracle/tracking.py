@@ -230,8 +230,9 @@ class Session:
             coarse = self._read(frame, obj, backward=backward)
             outs[obj] = self._heads([fine, middle, coarse], multimask=True)
         for obj, out in outs.items():
-            presence = torch.clamp(2 * torch.sigmoid(out["object_logit"]) - 1, min=0)
-            out["score"] = float(presence * out["iou"])
+            logit, iou = out["object_logit"], out["iou"]
+            presence = torch.where(logit > 0, logit.sigmoid() * 2 - 1, torch.zeros_like(logit))
+            out["presence"], out["score"] = presence, float(presence * iou)
             self._remember(frame, out, torch.sigmoid(_resize(out["mask"], self.side)))
             self.tracked[obj][frame] = out
         return [self.found(frame, obj) for obj in there]
@@ -243,7 +244,9 @@ class Session:
         group = [
             i for i, g in enumerate(self.groups) if g == self.groups[obj] and i not in self.gone
         ]
-        return float(np.mean([self.tracked[i][frame]["score"] for i in group]))
+        outs = [self.tracked[i][frame] for i in group]
+        presence = torch.stack([out["presence"] for out in outs])[:, None]  # (b, 1) upstream
+        return float((presence * torch.stack([out["iou"] for out in outs])).mean())
 
     def found(self, frame: int, obj: int) -> Found:
         """What is kept of an object on a frame, as numpy."""
