@@ -16,6 +16,9 @@ FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
 LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_full.py \
 	parity_memory.py parity_tracking_full.py)
 
+# Slow tests that compute longer than they compile: trainings, thousands of frames.
+LONG := $(addprefix tests/test_,tracker_training.py train_learns.py tutorial.py video_long.py)
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 
@@ -40,8 +43,9 @@ test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
 
 test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
 	$(BIN)/python -m pytest -m slow $(LARGE) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(addprefix --ignore=,$(LARGE)) \
-		$(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(LONG) $(PYTEST_ARGS)
+	SAM3_JAX_TEST_QUICK_COMPILE=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile \
+		$(addprefix --ignore=,$(LARGE) $(LONG)) $(PYTEST_ARGS)
 
 lint: .venv/test.stamp  ## check style: ruff's rules and format
 	$(BIN)/ruff check .

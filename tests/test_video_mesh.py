@@ -62,7 +62,13 @@ def test_a_session_over_eight_devices(tmp_path):
     one = VideoPredictor(*made, dtype="float32", video=RULES)
     many = VideoPredictor(*made, dtype="float32", video=RULES, mesh=make_mesh(DEVICES))
     expected = asked(one, tmp_path)
+    many.warm_up()
+    own = many._programs
+    warm = [p.__wrapped__ for p in (own.propagate, own.memorize, own.memorize_concept, own.track)]
+    sizes = [program._cache_size() for program in warm]
     close(asked(many, tmp_path), expected)
+    assert min(sizes) > 0
+    assert [program._cache_size() for program in warm] == sizes  # nothing that it left out
     assert {p for f in expected for p in f.phrases} == {"", "cat"}
     # The same again: every program has its shardings, nothing compiles anew.
     compiled = []
