@@ -134,7 +134,8 @@ class VideoPredictor:
         """Compiles what tracking may need later, so that a stream never waits for it.
 
         The programs of a bucket for few objects and for all, with one prompted frame of each object
-        and with more. What depends on a video's size and on phrases is compiled by the first frame.
+        and with more. What depends on a video's size and on phrases is compiled by the first frame,
+        and one program by the first frame that has prompts for objects in several buckets.
         """
         engine, programs = self.engine, self._programs
         side = engine.config.image_size
