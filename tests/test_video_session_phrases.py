@@ -21,6 +21,17 @@ def predictor():
     return video_session.predictor()
 
 
+@pytest.fixture(scope="module")
+def roomy(predictor):
+    """With room for all that phrases find: the limit is of all of them together."""
+    concepts = dataclasses.replace(predictor.video.concepts, max_objects=UNLIMITED)
+    video = dataclasses.replace(predictor.video, concepts=concepts)
+    made = VideoPredictor.from_engine(predictor.engine, video=video)
+    # The same programs: compiling is what takes time, and none of them knows the limit.
+    made._programs, made._concepts = predictor._programs, predictor._concepts
+    return made
+
+
 def identities(frames) -> set[int]:
     return {i for frame in frames for i in frame.ids.tolist()}
 
@@ -58,20 +69,14 @@ def test_results_wait_so_that_nothing_shown_is_taken_back(predictor):
 
 
 @pytest.mark.slow
-def test_a_phrase_does_not_depend_on_company(predictor):
+def test_a_phrase_does_not_depend_on_company(roomy):
     """Two in one pass are each what it is alone; only the numbers of its objects differ."""
-    # Room for all: the limit is of all phrases' objects together.
-    concepts = dataclasses.replace(predictor.video.concepts, max_objects=UNLIMITED)
-    roomy = dataclasses.replace(predictor.video, concepts=concepts)
-    programs = predictor._programs
-    predictor = VideoPredictor.from_engine(predictor.engine, video=roomy)
-    predictor._programs = programs  # the same: compiling is what takes time
-    both = predictor.start(clip())
+    both = roomy.start(clip())
     both.add_text("cat")
     both.add_text("blue square")
     together = follow(both.propagate())
     for phrase in ("cat", "blue square"):
-        session = predictor.start(clip())
+        session = roomy.start(clip())
         session.add_text(phrase)
         numbers: dict[int, int] = {}
         for one, many in zip(follow(session.propagate()), together, strict=True):
@@ -169,9 +174,9 @@ def test_what_was_removed_stays_away(predictor):
     assert gone not in identities(follow(early.propagate()))
 
 
-def test_another_phrase_begins_with_new_numbers(predictor):
+def test_another_phrase_begins_with_new_numbers(roomy):
     """What was said about objects that a phrase had found is about nobody in the next pass."""
-    session = predictor.start(clip())
+    session = roomy.start(clip())
     session.add_text("cat")
     before = follow(session.propagate())
     chosen = int(before[-1].ids[0])
