@@ -41,7 +41,7 @@ test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
 		--deselect $(FULL_SIZE) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(FULL_SIZE)
 
-test-full: .venv/test-full.stamp  ## run the slow tests alone (30 minutes more)
+test-full: .venv/test-full.stamp  ## run the slow tests alone (45 to 60 minutes more)
 	$(BIN)/python -m pytest -m slow $(LARGE) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(LONG) $(PYTEST_ARGS)
 	SAM3_JAX_TEST_QUICK_COMPILE=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile \

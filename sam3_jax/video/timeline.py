@@ -198,12 +198,14 @@ class Timeline:
         seen = self._missing(encoded)
         if encoded.trunk is not None:
             levels = self.features.tracker(encoded.index, encoded.trunk)
+            tracking.births.clear()  # of a frame that was interrupted
             self._apply_here(encoded.index)
             self._track(encoded, levels)
             again = first and bool(self.phrases) and self.kit.config.repeat_first
             # A prompt for an object that a phrase has found only now is looked at with it.
             if self._apply_here(encoded.index) or again:
                 self._track(encoded, levels)
+            tracking.births.clear()
             seen = Seen(
                 tracking.latest.output,
                 tracking.latest.logits,
@@ -211,7 +213,6 @@ class Timeline:
                 encoded.error,
                 overlapping=not self.phrases,
             )
-        tracking.births.clear()
         tracking.index = encoded.index
         self.next_id = max(self.next_id, int(tracking.table.next_id))
         if first:
