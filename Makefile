@@ -13,13 +13,17 @@ JOBS ?= 2
 FULL_SIZE := tests/test_parity_full.py::test_features_and_text_prompt
 
 # Slow tests that fill a process with gigabytes: one after the other, and without the others.
-LARGE := $(addprefix tests/test_,aot_tpu.py aot_train.py convert_full.py parity_full.py \
-	parity_memory.py parity_tracking_full.py)
+LARGE := $(addprefix tests/test_,convert_full.py parity_full.py parity_memory.py \
+	parity_tracking_full.py)
 
-# Slow tests that compute longer than they compile: trainings, thousands of frames.
-LONG := $(addprefix tests/test_,tracker_training.py train_learns.py tutorial.py video_long.py)
+# Slow tests that take longest: first, so that none is left to run alone at the end.
+LONG := $(addprefix tests/test_,tutorial.py aot_train.py aot_tpu.py tracker_training.py \
+	train_learns.py video_long.py)
+OTHERS := $(filter-out $(LARGE) $(LONG),$(wildcard tests/test_*.py))
 
 BIN := .venv/bin
+# Tests compile the same programs again and again: what one run compiled, others find here.
+test test-full: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.venv/programs
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
 
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -37,15 +41,13 @@ demo: .venv/demo.stamp  ## find things in pictures, with the weights that the pa
 venv: .venv/test.stamp  ## make .venv with everything `make test` needs
 
 test: .venv/test.stamp  ## run the quick tests (at most 15 minutes on 2 cores)
-	SAM3_JAX_TEST_QUICK_COMPILE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
-		--deselect $(FULL_SIZE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --deselect $(FULL_SIZE) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(FULL_SIZE)
 
-test-full: .venv/test-full.stamp  ## run the slow tests alone (45 to 60 minutes more)
+test-full: .venv/test-full.stamp  ## run the slow tests alone (about 45 minutes more)
 	$(BIN)/python -m pytest -m slow $(LARGE) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(LONG) $(PYTEST_ARGS)
-	SAM3_JAX_TEST_QUICK_COMPILE=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile \
-		$(addprefix --ignore=,$(LARGE) $(LONG)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		$(LONG) $(OTHERS) $(PYTEST_ARGS)
 
 lint: .venv/test.stamp  ## check style: ruff's rules and format
 	$(BIN)/ruff check .

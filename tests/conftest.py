@@ -19,25 +19,27 @@ DEVICES = 8
 os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # as torch computes float32
 _flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
-if os.environ.get("SAM3_JAX_TEST_QUICK_COMPILE"):
-    # Tiny programs compile longer than they run: without LLVM's optimisations 40% less CPU time.
-    # Programs of the released size would run several times slower.
-    _flags.append("--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
+if PLATFORM == "cpu":
+    # Tiny programs compile longer than they run: without LLVM's optimisations 40% less CPU time.
+    # Modules marked ``optimised`` have them, though processes that they start have not.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Compiling ahead of time for a TPU must not ask a metadata server which TPU this machine is.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by test processes side by side
 os.environ["SAM3_JAX_CACHE_DIR"] = "off"  # no compiled programs in the user's cache folder
 # One of the run's own instead, for all its processes: tests compile the same programs again and
-# again. Workers of pytest-xdist and what tests start inherit it.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# again. Workers of pytest-xdist and what tests start inherit it. The Makefile gives one that all
+# runs share.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="sam3_jax_test_programs_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles have random weights: no download
 
 from collections.abc import Iterator  # noqa: E402
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -53,6 +55,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a GPU: run with SAM3_JAX_TEST_PLATFORM=cuda")
         for item in marked:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All optimisations for a module that is marked ``optimised``: it runs for longer than it
+    compiles."""
+    option = "jax_disable_most_optimizations"
+    quick = jax.config.read(option)
+    jax.config.update(option, quick and not request.node.get_closest_marker("optimised"))
+    yield
+    jax.config.update(option, quick)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from sam3_jax.data.images import to_model_input
 from sam3_jax.models.sam_heads import select_masks
 from sam3_jax.tokenizer import default_tokenizer
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = config.sam3()
 FIELDS = ("pred_logits", "pred_boxes", "presence_logits", "pred_masks", "semantic_seg", "memory")
 

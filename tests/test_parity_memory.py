@@ -15,6 +15,8 @@ from sam3_jax import config
 from sam3_jax.models.detector import Sam3
 from sam3_jax.ops.rope import Rope, axial_rope
 
+pytestmark = pytest.mark.optimised
+
 # transformers fixes the memory's width at 64 and pointers are parted into it.
 TINY_CONFIG = dataclasses.replace(
     config.tiny(), dim=128, memory=dataclasses.replace(config.tiny().memory, dim=64)

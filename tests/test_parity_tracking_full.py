@@ -28,6 +28,8 @@ from sam3_jax.tracking.programs import Programs
 from sam3_jax.tracking.prompts import ObjectClicks, pack_clicks
 from upstream_memory import Rules
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = config.sam3()
 FRAMES = 6
 # Two slots, no more: float32 at this size takes minutes an object on a CPU.

@@ -23,6 +23,8 @@ from sam3_jax.training.tracker_clip import TrackerTrainingConfig, clip_loss, tra
 from sam3_jax.training.tracker_step import make_clip_step
 from sam3_jax.types import ClickPrompt
 
+pytestmark = pytest.mark.optimised
+
 
 def by_masks() -> TrackerTrainingConfig:
     """Everything is given by masks on the first frame: nothing is left to chance."""

@@ -28,7 +28,7 @@ TIMEOUT = 600  # seconds, for machines that do other things too
 
 
 def environment(cache: Path | str = "off", devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {
         **os.environ,

@@ -25,8 +25,9 @@ def run(language: str, code: str, folder: Path) -> str:
     command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     cache = str(folder / "cache")
+    changed = {"PATH": path, "SAM3_JAX_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
     # One device and every optimisation, as outside of tests.
-    changed = {"PATH": path, "SAM3_JAX_CACHE_DIR": cache, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    changed |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     done = subprocess.run(
         command,
         cwd=folder,

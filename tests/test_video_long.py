@@ -18,6 +18,8 @@ from sam3_jax.video.config import VideoConfig
 from sam3_jax.video.predictor import VideoPredictor
 from sam3_jax.video.session import Session
 
+pytestmark = pytest.mark.optimised
+
 FRAMES, OBJECTS, AT_A_TIME = 2000, 200, 14
 STEP = FRAMES // OBJECTS
 WARM = 400  # until all programs are compiled, and snapshots as many as they may be
