@@ -43,6 +43,8 @@ measured = dict(
     touched=(after.ru_minflt - before.ru_minflt) * resource.getpagesize(),
     compiled=sum("backend_compile" in name for name in events),
 )
+jax.jit(lambda x: x + 1)(1.0)
+assert any("backend_compile" in name for name in events)  # or nothing was counted
 """
 
 
@@ -83,7 +85,7 @@ def test_the_released_size_there_and_back(folder: Path):
     assert loaded["peak"] < 2 * size
     # What takes a load's time: each parameter is touched twice, read and put on the device, and no
     # program is compiled. Seconds would tell more of the machine: 6 to 18 s for the same work.
-    assert loaded["touched"] < 2.5 * size
+    assert 0 < loaded["touched"] < 2.5 * size
     assert loaded["compiled"] == 0
     measured(RUN, "--input", ckpt, "--output", back, "--to-torch")
 
